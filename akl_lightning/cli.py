@@ -1,0 +1,61 @@
+"""The Lightning CLI for distillation, with errors in one sentence."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.divergences import known_divergences
+from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
+
+
+class OneSentenceParser(LightningArgumentParser):
+    """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the mistake and the way out, and exit with code 2."""
+        if not self.exit_on_error:  # jsonargparse tries one type after another and catches what does not fit
+            super().error(message, ex)
+        if "criterion.divergence" in message and "class_path" not in message:
+            message = f"unknown divergence: use one of {', '.join(known_divergences())}.\n{message}"
+        sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
+        raise SystemExit(2) from ex
+
+
+class DistillationCLI(LightningCLI):
+    """The Lightning CLI with :class:`DistillationModule` as ``--model`` and :class:`InstructionDataModule` as ``--data``.
+
+    Args:
+        kwargs: of :class:`lightning.pytorch.cli.LightningCLI`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            DistillationModule,
+            InstructionDataModule,
+            # The module's own optimizer and lr_scheduler are arguments of it.
+            auto_configure_optimizers=False,
+            parser_class=OneSentenceParser,
+            **kwargs,
+        )
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a command; a mistake that the user can mend ends it with one sentence and exit code 2.
+
+    Args:
+        main: the command.
+    """
+    # A TTY that went away (a closed pager, head) is no mistake.
+    with suppress(BrokenPipeError):
+        try:
+            main()
+        except (UsageError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(2) from error

@@ -1,0 +1,263 @@
+"""Instruction data for the Trainer."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from akl_lightning.data.sampler import FILLER, StepSampler
+from akl_lightning.data.sources import Docstrings, Pair, Source
+from akl_lightning.data.templates import CHAT, render
+from akl_lightning.errors import UsageError
+from akl_lightning.models import load_tokenizer
+
+IGNORE_INDEX = -100
+
+
+class InstructionDataModule(LightningDataModule):
+    """Instruction pairs as batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+
+    The prompt's labels are -100; the response ends with the end-of-text token. Batches are padded to their longest
+    member. The loaders of train, validation and test serve each sample exactly once whatever the number of devices;
+    the predict loader gives the test split's prompts, left-padded.
+
+    Args:
+        tokenizer: a tokenizer, or the hub name or local folder of one.
+        source: where the pairs come from.
+        template: prompt template: ``plain``, ``alpaca``, ``chat`` (the tokenizer's own), or a text with
+            ``{instruction}`` and ``{input}`` in it.
+        batch_size: samples of a micro-batch, per device.
+        max_length: tokens of a sample; longer responses are cut.
+        max_prompt_length: tokens of a prompt; samples with a longer one are dropped. None for ``max_length`` - 1.
+        validation_size: validation samples, as a number or a share, where the source has no such split.
+        test_size: test samples, as a number or a share, where the source has no such split.
+        group_by_length: let samples of a step be of similar length, which saves padding.
+        num_workers: processes that prepare batches.
+        seed: of the order of the samples.
+
+    Raises:
+        UsageError: a tokenizer or source that cannot be read, or no usable sample left.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        source: Source = lazy_instance(Docstrings),  # noqa: B008 (how jsonargparse wants a default)
+        template: str = "plain",
+        batch_size: int = 32,
+        max_length: int = 256,
+        max_prompt_length: int | None = None,
+        validation_size: int | float = 0.05,
+        test_size: int | float = 0.05,
+        group_by_length: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        if self.tokenizer.eos_token_id is None:
+            raise UsageError("the tokenizer has no end-of-text token (eos_token): set one, responses end with it.")
+        if template != CHAT:
+            render(template, "")
+        elif not self.tokenizer.chat_template:
+            raise UsageError("the tokenizer has no chat template: use the template plain or alpaca, or another one.")
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise UsageError(f"data.{name} must be 1 or more, got {value}.")
+        self.source = source
+        self.template = template
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.max_prompt_length = max_length - 1 if max_prompt_length is None else max_prompt_length
+        self.validation_size = validation_size
+        self.test_size = test_size
+        self.group_by_length = group_by_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.splits: dict[str, datasets.Dataset] = {}
+
+    def setup(self, stage: str) -> None:
+        """Load, split and tokenize, once."""
+        if not self.splits:
+            pairs = split_pairs(self.source.load(), self.validation_size, self.test_size)
+            self.splits = {split: self._tokenize(split, members) for split, members in pairs.items()}
+
+    def _tokenize(self, split: str, pairs: list[Pair]) -> datasets.Dataset:
+        if not pairs:
+            return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "length": []})
+        data = datasets.Dataset.from_list([asdict(pair) for pair in pairs])
+        data = data.map(self._encode, batched=True, desc=f"Tokenizing {split}")
+        fits = data.filter(
+            lambda lengths: [0 < length <= self.max_prompt_length for length in lengths],
+            input_columns="prompt_length",
+            batched=True,
+            desc=f"Dropping long prompts of {split}",
+        )
+        if len(fits) < len(data):
+            rank_zero_info(
+                f"{split}: {len(data) - len(fits)} of {len(data)} samples dropped, their prompts are longer than "
+                f"{self.max_prompt_length} tokens"
+            )
+        if not len(fits):
+            raise UsageError(
+                f"no usable {split} sample left: every prompt is longer than data.max_prompt_length = "
+                f"{self.max_prompt_length} tokens; raise it."
+            )
+        return fits
+
+    def _encode(self, pairs: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+        tokenizer = self.tokenizer
+        tasks = list(zip(pairs["instruction"], pairs["input"], strict=True))
+        if self.template == CHAT:
+            chats = [[{"role": "user", "content": f"{task}\n{given}" if given else task}] for task, given in tasks]
+            prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+            prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        else:
+            prompts = [render(self.template, task, given) for task, given in tasks]
+            prompt_ids = tokenizer(prompts)["input_ids"]
+        responses = tokenizer(list(pairs["output"]), add_special_tokens=False)["input_ids"]
+        response_ids = [
+            [*response, tokenizer.eos_token_id][: max(0, self.max_length - len(prompt))]
+            for prompt, response in zip(prompt_ids, responses, strict=True)
+        ]
+        return {
+            "prompt": prompts,
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids,
+            "prompt_length": [len(prompt) for prompt in prompt_ids],
+            "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
+        }
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Loaders
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the train split, shuffled."""
+        return self._loader("train", self._collate, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation split."""
+        return self._loader("validation", self._collate)
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test split."""
+        return self._loader("test", self._collate)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts of the test split, left-padded, with the ``index`` of each in ``splits["test"]``, -1 in fillers."""
+        return self._loader("test", self._collate_prompts)
+
+    def _loader(self, split: str, collate: Any, shuffle: bool = False) -> DataLoader:
+        data = self.splits[split]
+        trainer = self.trainer
+        ranks = trainer.world_size if trainer else 1
+        accumulate = trainer.accumulate_grad_batches if trainer and split == "train" else 1
+        sampler = StepSampler(
+            data["length"],
+            self.batch_size,
+            self.batch_size * ranks * accumulate,
+            ranks,
+            trainer.global_rank if trainer else 0,
+            shuffle=shuffle,
+            group_by_length=self.group_by_length,
+            seed=self.seed,
+        )
+        return StatefulDataLoader(
+            _Rows(data.select_columns(["prompt_ids", "response_ids"])),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
+
+    def _pad(self, rows: list[list[int]], value: int, side: str) -> Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        filler = [self._pad_id]
+        prompts = [row["prompt_ids"] or filler for row in rows]
+        whole = [prompt + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
+        labels = [
+            [IGNORE_INDEX] * len(prompt) + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        return {
+            "input_ids": self._pad(whole, self._pad_id, "right"),
+            "attention_mask": self._pad([[1] * len(row) for row in whole], 0, "right"),
+            "labels": self._pad(labels, IGNORE_INDEX, "right"),
+        }
+
+    def _collate_prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [row["prompt_ids"] or [self._pad_id] for row in rows]
+        return {
+            "input_ids": self._pad(prompts, self._pad_id, "left"),
+            "attention_mask": self._pad([[1] * len(prompt) for prompt in prompts], 0, "left"),
+            "index": torch.tensor([row["index"] for row in rows]),
+        }
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Rows of a split by index, and an empty one for the filler."""
+
+    def __init__(self, data: datasets.Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {"prompt_ids": [], "response_ids": []} if index == FILLER else self.data[index]
+        return {**row, "index": index}
+
+
+def split_pairs(
+    pairs: Mapping[str, list[Pair]], validation_size: int | float, test_size: int | float
+) -> dict[str, list[Pair]]:
+    """Fill the missing splits from the training pairs, by a hash of each pair's name.
+
+    Args:
+        pairs: under ``train``, and perhaps under ``validation`` and ``test``.
+        validation_size: a number (int) or a share (float) of the training pairs.
+        test_size: likewise.
+
+    Returns:
+        All three splits; which pair goes where depends on nothing but its name and, for numbers, on its peers.
+
+    Raises:
+        UsageError: nothing would be left to train on.
+    """
+    splits = {split: list(members) for split, members in pairs.items()}
+    train = sorted(splits["train"], key=_digest)
+    count, used = len(train), 0
+    for split, size in (("validation", validation_size), ("test", test_size)):
+        if split not in splits:
+            number = size if isinstance(size, int) else round(size * count)
+            splits[split] = train[used : used + number]
+            used += number
+    if used >= count:
+        raise UsageError(f"{used} validation and test samples leave none of {count} to train on: ask for fewer.")
+    held_out = set(train[:used])
+    splits["train"] = [pair for pair in splits["train"] if pair not in held_out]
+    return splits
+
+
+def _digest(pair: Pair) -> bytes:
+    return hashlib.sha256((pair.name or f"{pair.instruction}\0{pair.input}").encode()).digest()

@@ -1,0 +1,51 @@
+"""How an instruction and its input become a prompt."""
+
+import string
+
+from akl_lightning.errors import UsageError
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+TEMPLATES = {
+    "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
+    "alpaca": (ALPACA, ALPACA_WITH_INPUT),
+}
+"""Templates by name: without and with an input. Alpaca's is the one of Stanford Alpaca and MiniLLM."""
+
+CHAT = "chat"
+"""Stands for the tokenizer's own chat template."""
+
+
+def render(template: str, instruction: str, input: str = "") -> str:
+    """Write the prompt of an instruction.
+
+    Args:
+        template: a name in :data:`TEMPLATES`, or a format string with ``{instruction}`` and perhaps ``{input}``.
+        instruction: what to do.
+        input: what to do it to; may be empty.
+
+    Raises:
+        UsageError: neither a known name nor a format string with these two fields.
+
+    >>> render("plain", "Add.", "1 2")
+    'Add.\\n1 2\\n'
+    """
+    without_input, with_input = TEMPLATES.get(template, (template, template))
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(without_input) if field is not None}
+    except ValueError:
+        fields = set()
+    if "instruction" not in fields or fields - {"instruction", "input"}:
+        raise UsageError(
+            f"unknown prompt template {template!r}: use {', '.join(TEMPLATES)}, {CHAT}, or a text with {{instruction}} "
+            "and {input} in it."
+        )
+    return (with_input if input else without_input).format(instruction=instruction, input=input)

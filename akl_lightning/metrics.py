@@ -1,0 +1,95 @@
+"""Means over response tokens as torchmetrics: right across batches, ranks and a resume."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from akl_lightning.criterion import STATISTICS
+
+
+class TokenMean(Metric):
+    """Mean of one per-token statistic over every response token seen, in float64.
+
+    Args:
+        statistic: the keyword under which :meth:`update` finds its values.
+
+    >>> fkl = TokenMean("fkl")
+    >>> fkl.update(fkl=torch.tensor([1.0, 2.0]))
+    >>> fkl.update(fkl=torch.tensor([6.0]))
+    >>> fkl.compute()
+    tensor(3., dtype=torch.float64)
+    """
+
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, statistic: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.statistic = statistic
+        # Persistent, so that a run resumed in mid-epoch ends with the epoch's true mean.
+        for state in ("total", "tokens"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, **statistics: Tensor) -> None:
+        """Add the values ``[tokens]`` of one batch; a batch without this statistic adds nothing."""
+        if self.statistic in statistics:
+            values = statistics[self.statistic]
+            self.total = self.total + values.double().sum()
+            self.tokens = self.tokens + values.numel()
+
+    def compute(self) -> Tensor:
+        """The mean, a scalar; NaN where no token was seen."""
+        return self.total / self.tokens
+
+
+class HeadTailError(Metric):
+    """Mean head gap and mean tail gap per response token: how far the student is off, in head and in tail.
+
+    See :func:`akl_lightning.functional.head_tail_gap`. Source: arXiv 2404.02657.
+
+    >>> error = HeadTailError()
+    >>> error.update(head_gap=torch.tensor([0.5, 0.25]), tail_gap=torch.tensor([0.25, 0.0]))
+    >>> {name: round(value.item(), 4) for name, value in error.compute().items()}
+    {'head_error': 0.375, 'tail_error': 0.125}
+    """
+
+    full_state_update = False
+    head: Tensor
+    tail: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for state in ("head", "tail", "tokens"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None) -> None:
+        """Add the gaps ``[tokens]`` of one batch; a batch without a teacher has none and adds nothing."""
+        if head_gap is not None and tail_gap is not None:
+            self.head = self.head + head_gap.double().sum()
+            self.tail = self.tail + tail_gap.double().sum()
+            self.tokens = self.tokens + head_gap.numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        """``head_error`` and ``tail_error``, scalars between 0 and 2; NaN where no token was seen."""
+        return {"head_error": self.head / self.tokens, "tail_error": self.tail / self.tokens}
+
+
+def distillation_metrics(prefix: str, with_teacher: bool) -> MetricCollection:
+    """What is logged once an epoch under ``prefix``, fed with the statistics of the criterion.
+
+    Args:
+        prefix: ``train/``, ``val/`` or ``test/``.
+        with_teacher: without one, only loss and cross entropy exist.
+    """
+    metrics: dict[str, Metric] = {
+        name: TokenMean(name)
+        for name in STATISTICS
+        if name not in ("head_gap", "tail_gap") and (with_teacher or name in ("loss", "cross_entropy"))
+    }
+    if with_teacher:
+        metrics["head_tail"] = HeadTailError()
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
