@@ -13,6 +13,7 @@ class Divergence(nn.Module, ABC):
 
     Subclass it, write :meth:`compare`, and the criterion, the metrics and the command line take it as they take ours.
 
+    >>> import torch
     >>> class Hellinger(Divergence):
     ...     def compare(self, student, teacher):
     ...         return 1 - (0.5 * (student + teacher)).exp().sum(-1)

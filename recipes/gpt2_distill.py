@@ -83,10 +83,11 @@ def report(run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list
     report_path.write_text(json.dumps({"figures": rows, "answers": answers}, indent=2, ensure_ascii=False))
     console.print()
     console.print(comparison_table(rows, "Held-out split: nats and gaps per response token, ROUGE-L in percent"))
-    for student, teacher in list(zip(answers["student"], answers["teacher"], strict=True))[:: max(1, len(answers["student"]) // 4)][:4]:
-        console.print(f"\n[bold]{student['prompt'].strip()}", markup=True, highlight=False)
-        for who, text in (("reference", student["reference"]), ("teacher", teacher["answer"]), ("student", student["answer"])):
-            console.print(f"  {who:>9}: {text}", markup=False, highlight=False)
+    console.print("Some held-out prompts")
+    step = max(1, len(answers["student"]) // 4)
+    for student, teacher in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
+        print(f"\n{student['prompt'].strip()}")
+        print(f"  reference: {student['reference']}\n    teacher: {teacher['answer']}\n    student: {student['answer']}")
     export = next(callback for callback in trainer.callbacks if isinstance(callback, StudentExport)).exported
     plot = next(callback for callback in trainer.callbacks if isinstance(callback, HeadTailPlot)).path
     print(f"\nHead and tail error per epoch: {plot}")

@@ -1,6 +1,7 @@
 """Instruction data for the Trainer."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -99,13 +100,9 @@ class InstructionDataModule(LightningDataModule):
         if not pairs:
             return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "length": []})
         data = datasets.Dataset.from_list([asdict(pair) for pair in pairs])
-        data = data.map(self._encode, batched=True, desc=f"Tokenizing {split}")
-        fits = data.filter(
-            lambda lengths: [0 < length <= self.max_prompt_length for length in lengths],
-            input_columns="prompt_length",
-            batched=True,
-            desc=f"Dropping long prompts of {split}",
-        )
+        settings = {"tokenizer": self.tokenizer, "template": self.template, "max_length": self.max_length}
+        data = data.map(_encode, batched=True, fn_kwargs=settings, desc=f"Tokenizing {split}")
+        fits = data.select([i for i, length in enumerate(data["prompt_length"]) if length <= self.max_prompt_length])
         if len(fits) < len(data):
             rank_zero_info(
                 f"{split}: {len(data) - len(fits)} of {len(data)} samples dropped, their prompts are longer than "
@@ -117,29 +114,6 @@ class InstructionDataModule(LightningDataModule):
                 f"{self.max_prompt_length} tokens; raise it."
             )
         return fits
-
-    def _encode(self, pairs: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-        tokenizer = self.tokenizer
-        tasks = list(zip(pairs["instruction"], pairs["input"], strict=True))
-        if self.template == CHAT:
-            chats = [[{"role": "user", "content": f"{task}\n{given}" if given else task}] for task, given in tasks]
-            prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-            prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        else:
-            prompts = [render(self.template, task, given) for task, given in tasks]
-            prompt_ids = tokenizer(prompts)["input_ids"]
-        responses = tokenizer(list(pairs["output"]), add_special_tokens=False)["input_ids"]
-        response_ids = [
-            [*response, tokenizer.eos_token_id][: max(0, self.max_length - len(prompt))]
-            for prompt, response in zip(prompt_ids, responses, strict=True)
-        ]
-        return {
-            "prompt": prompts,
-            "prompt_ids": prompt_ids,
-            "response_ids": response_ids,
-            "prompt_length": [len(prompt) for prompt in prompt_ids],
-            "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
-        }
 
     # ----------------------------------------------------------------------------------------------------------------
     # Loaders
@@ -166,7 +140,7 @@ class InstructionDataModule(LightningDataModule):
         ranks = trainer.world_size if trainer else 1
         accumulate = trainer.accumulate_grad_batches if trainer and split == "train" else 1
         sampler = StepSampler(
-            data["length"],
+            list(data["length"]),
             self.batch_size,
             self.batch_size * ranks * accumulate,
             ranks,
@@ -175,13 +149,16 @@ class InstructionDataModule(LightningDataModule):
             group_by_length=self.group_by_length,
             seed=self.seed,
         )
-        return StatefulDataLoader(
-            _Rows(data.select_columns(["prompt_ids", "response_ids"])),
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch has deprecated; nothing a user could change.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            return StatefulDataLoader(
+                _Rows(data.select_columns(["prompt_ids", "response_ids"])),
+                batch_size=self.batch_size,
+                sampler=sampler,
+                collate_fn=collate,
+                num_workers=self.num_workers,
+            )
 
     def _pad(self, rows: list[list[int]], value: int, side: str) -> Tensor:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
@@ -212,6 +189,32 @@ class InstructionDataModule(LightningDataModule):
             "attention_mask": self._pad([[1] * len(prompt) for prompt in prompts], 0, "left"),
             "index": torch.tensor([row["index"] for row in rows]),
         }
+
+
+# A function of its arguments alone, so that datasets can tell by hashing whether a result is cached.
+def _encode(
+    pairs: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> dict[str, list[Any]]:
+    tasks = list(zip(pairs["instruction"], pairs["input"], strict=True))
+    if template == CHAT:
+        chats = [[{"role": "user", "content": f"{task}\n{given}" if given else task}] for task, given in tasks]
+        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    else:
+        prompts = [render(template, task, given) for task, given in tasks]
+    # A chat template writes its own special tokens.
+    prompt_ids = tokenizer(prompts, add_special_tokens=template != CHAT)["input_ids"]
+    responses = tokenizer(list(pairs["output"]), add_special_tokens=False)["input_ids"]
+    response_ids = [
+        [*response, tokenizer.eos_token_id][: max(0, max_length - len(prompt))]
+        for prompt, response in zip(prompt_ids, responses, strict=True)
+    ]
+    return {
+        "prompt": prompts,
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+        "prompt_length": [len(prompt) for prompt in prompt_ids],
+        "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
+    }
 
 
 class _Rows(torch.utils.data.Dataset):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from rich.box import SIMPLE
 from rich.table import Table
 from torchmetrics.text import ROUGEScore
 
@@ -14,12 +15,12 @@ from akl_lightning.data.sampler import FILLER
 from akl_lightning.module import DistillationModule
 
 COLUMNS = {
-    "cross_entropy": "cross entropy",
+    "cross_entropy": "cross\nentropy",
     "perplexity": "perplexity",
     "fkl": "FKL",
     "rkl": "RKL",
-    "head_error": "head error",
-    "tail_error": "tail error",
+    "head_error": "head\nerror",
+    "tail_error": "tail\nerror",
     "rouge_l": "ROUGE-L",
 }
 """Figures of the report and their headings: nats per token, gaps per token, ROUGE-L in percent."""
@@ -84,10 +85,10 @@ def rouge_l(answers: Sequence[Mapping[str, str]]) -> float:
 
 def comparison_table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """The figures of :data:`COLUMNS`, a row per model."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.add_column("model", no_wrap=True)
     for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, figures in rows.items():
         table.add_row(name, *(_number(figures.get(column)) for column in COLUMNS))
     return table

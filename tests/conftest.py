@@ -1,0 +1,55 @@
+"""Small things that tests share: a corpus, a tokenizer, models that train in a second."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+# Whatever a test does, it must not reach for the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PAIRS = [
+    {"instruction": f"Say {word}", "input": "", "output": f"{word} and {word} again" + " yes" * (index % 7)}
+    for index, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split() * 3)
+]
+PAIRS = [{**pair, "instruction": f"{pair['instruction']} {index}"} for index, pair in enumerate(PAIRS)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([json.dumps(pair) for pair in PAIRS], 300, special_tokens=["<|endoftext|>"])
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+
+
+@pytest.fixture
+def tokenizer_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return str(path)
+
+
+def gpt2(width: int = 16, vocab_size: int = 300, positions: int = 64) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size, n_positions=positions, n_embd=width, n_layer=1, n_head=2, bos_token_id=0,
+            eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from akl_lightning.data.module import InstructionDataModule, split_pairs
+from akl_lightning.data.sources import Docstrings, HubDataset, JsonLines, Pair
+from akl_lightning.data.templates import render
+from akl_lightning.errors import UsageError
+
+
+def write(path: Path, *lines: object) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def test_batches(tokenizer, corpus: str) -> None:
+    data = InstructionDataModule(tokenizer, JsonLines(corpus), batch_size=4, max_length=40)
+    data.setup("fit")
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 32, "validation": 2, "test": 2}
+    seen = 0
+    for batch in data.train_dataloader():
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape
+        assert batch["attention_mask"].sum(-1).max() == batch["input_ids"].shape[1], "padded to the longest member"
+        for ids, mask, labels in zip(*batch.values(), strict=True):
+            ids, labels = ids[mask.bool()], labels[mask.bool()]
+            response = labels != -100
+            text = tokenizer.decode(ids[~response])
+            assert text.startswith("Say ") and text.endswith("\n"), "the prompt is masked"
+            assert torch.equal(labels[response], ids[response])
+            assert ids[-1] == tokenizer.eos_token_id or len(ids) == 40
+        seen += len(batch["input_ids"])
+    assert seen == 32
+
+
+def test_prompts_are_padded_on_the_left(tokenizer, corpus: str) -> None:
+    data = InstructionDataModule(tokenizer, JsonLines(corpus), batch_size=4, test_size=8)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    assert batch["attention_mask"][:, -1].all()
+    row = data.splits["test"][batch["index"][0].item()]
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == row["prompt"]
+
+
+def test_long_prompts_are_dropped_and_long_responses_cut(tokenizer, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        {"instruction": "short", "output": "word " * 50},
+        {"instruction": "long " * 50, "output": "x"},
+        {"instruction": "other", "output": "x"},
+    )
+    data = InstructionDataModule(tokenizer, JsonLines(path), max_length=20, validation_size=0, test_size=0)
+    data.setup("fit")
+    assert sorted(data.splits["train"]["instruction"]) == ["other", "short"]
+    assert max(data.splits["train"]["length"]) == 20
+
+
+def test_chat_template(tokenizer, corpus: str) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
+    tokenizer = tokenizer.__class__.from_pretrained if False else tokenizer
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    try:
+        data = InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
+        data.setup("fit")
+        assert data.splits["train"][0]["prompt"].startswith("<user>Say ")
+        assert data.splits["train"][0]["prompt"].endswith("<assistant>")
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_the_split_depends_on_names_alone() -> None:
+    pairs = [Pair(f"i{n}", f"o{n}", name=f"n{n}") for n in range(100)]
+    one = split_pairs({"train": pairs}, 0.1, 5)
+    two = split_pairs({"train": pairs[::-1]}, 0.1, 5)
+    assert {split: set(members) for split, members in one.items()} == {s: set(m) for s, m in two.items()}
+    assert {split: len(members) for split, members in one.items()} == {"train": 85, "validation": 10, "test": 5}
+    given = split_pairs({"train": pairs[:90], "validation": pairs[90:]}, 50, 0)
+    assert len(given["train"]) == 90 and len(given["validation"]) == 10 and not given["test"]
+    with pytest.raises(UsageError, match="leave none of 100 to train on"):
+        split_pairs({"train": pairs}, 60, 40)
+
+
+def test_docstrings_of_the_standard_library() -> None:
+    pairs = {pair.name: pair for pair in Docstrings().load()["train"]}
+    assert len(pairs) > 4000
+    assert pairs["json.dumps"].instruction.startswith("def json.dumps(obj, *, skipkeys=False")
+    assert pairs["json.dumps"].output == "Serialize ``obj`` to a JSON formatted ``str``."
+    assert len({pair.output for pair in pairs.values()}) == len(pairs)
+    assert not any("test" in name.split(".") or "site-packages" in name for name in pairs)
+
+
+def test_fields_named_by_the_user(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"}, "", {"question": "q2", "answer": "a2", "input": "i"})
+    (one, two) = JsonLines(path, instruction="question", output="answer").load()["train"]
+    assert (one.instruction, one.input, one.output) == ("q", "", "a")
+    assert two.input == "i"
+
+
+def test_local_datasets(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"instruction": f"i{n}", "output": f"o{n}"} for n in range(5)])
+    rows.save_to_disk(str(tmp_path / "one"))
+    assert len(HubDataset(str(tmp_path / "one")).load()["train"]) == 5
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "two"))
+    assert set(HubDataset(str(tmp_path / "two")).load()) == {"train", "test"}
+    (tmp_path / "three").mkdir()
+    rows.to_json(str(tmp_path / "three" / "raw.jsonl"))
+    assert len(HubDataset(str(tmp_path / "three"), data_files="raw.jsonl").load()["train"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"instruction": "a", "output": "b"}, '{"instruction": '], r"a\.jsonl, line 2 is no JSON"),
+        (["[1]"], r"a\.jsonl, line 1 is no JSON object"),
+        ([{"instruction": "a", "response": "b"}], r"line 1 has no field 'output', only instruction, response"),
+        ([{"instruction": "a", "output": 3}], r"the field 'output' is no text but 3"),
+        ([{"instruction": "a", "output": " "}], r"has no usable pair left among 1"),
+        ([], r"has no usable pair left among 0"),
+    ],
+)
+def test_bad_json_lines(tmp_path: Path, lines: list, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        JsonLines(write(tmp_path / "a.jsonl", *lines)).load()
+
+
+def test_other_bad_input(tokenizer, corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no file .*gone\.jsonl"):
+        JsonLines(str(tmp_path / "gone.jsonl")).load()
+    with pytest.raises(UsageError, match=r"cannot load the data set 'nobody/nothing'.*local folder"):
+        HubDataset("nobody/nothing").load()
+    with pytest.raises(UsageError, match=r"cannot load the tokenizer 'nobody/nothing'.*local folder"):
+        InstructionDataModule("nobody/nothing")
+    with pytest.raises(UsageError, match="unknown prompt template 'vicuna'"):
+        InstructionDataModule(tokenizer, template="vicuna")
+    with pytest.raises(UsageError, match="batch_size must be 1 or more"):
+        InstructionDataModule(tokenizer, batch_size=0)
+    data = InstructionDataModule(tokenizer, JsonLines(corpus), max_prompt_length=1)
+    with pytest.raises(UsageError, match="every prompt is longer than"):
+        data.setup("fit")
+
+
+def test_alpaca_template() -> None:
+    assert render("alpaca", "Add.", "1 2").endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert "### Input" not in render("alpaca", "Add.")
+    assert render("Q: {instruction} {input}\nA:", "Add.", "1") == "Q: Add. 1\nA:"

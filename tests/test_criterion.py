@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from akl_lightning import functional as F
+from akl_lightning.criterion import STATISTICS, DistillationCriterion
+from akl_lightning.divergences import (
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewKL,
+    TotalVariation,
+    WeightedKL,
+    known_divergences,
+)
+from akl_lightning.errors import UsageError
+
+STUDENT, TEACHER = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64).mul(2)
+LABELS = torch.arange(8)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "options"),
+    [
+        (AdaptiveKL(0.7, "within"), F.adaptive_kl, {"mu": 0.7, "head_rule": "within"}),
+        (ForwardKL(), F.forward_kl, {}),
+        (ReverseKL(), F.reverse_kl, {}),
+        (WeightedKL(0.2), F.weighted_kl, {"forward_weight": 0.2}),
+        (JensenShannon(0.3), F.jensen_shannon, {"beta": 0.3}),
+        (SkewKL(0.2), F.skew_forward_kl, {"skew": 0.2}),
+        (SkewKL(0.2, reverse=True), F.skew_reverse_kl, {"skew": 0.2}),
+        (TotalVariation(), F.total_variation, {}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Divergence) else "",
+)
+def test_modules_are_the_functions(module: Divergence, function, options: dict) -> None:
+    expected = function(STUDENT, TEACHER, temperature=1.5, **options)
+    assert torch.allclose(module(STUDENT, TEACHER, 1.5), expected)
+    output = DistillationCriterion(module, alpha=1.0, temperature=1.5)(STUDENT, TEACHER, LABELS)
+    assert torch.allclose(output.loss, expected.sum())
+    assert torch.allclose(output.statistics["divergence"], expected)
+
+
+def test_the_loss_is_the_weighted_sum_over_tokens() -> None:
+    output = DistillationCriterion(alpha=0.3)(STUDENT, TEACHER, LABELS)
+    cross_entropy = torch.nn.functional.cross_entropy(STUDENT, LABELS, reduction="none")
+    per_token = 0.3 * F.adaptive_kl(STUDENT, TEACHER) + 0.7 * cross_entropy
+    assert torch.allclose(output.loss, per_token.sum())
+    assert tuple(sorted(output.statistics)) == tuple(sorted(STATISTICS))
+    head_gap, tail_gap = F.head_tail_gap(STUDENT.softmax(-1), TEACHER.softmax(-1))
+    expected = {
+        "loss": per_token,
+        "cross_entropy": cross_entropy,
+        "fkl": F.forward_kl(STUDENT, TEACHER),
+        "rkl": F.reverse_kl(STUDENT, TEACHER),
+        "head_gap": head_gap,
+        "tail_gap": tail_gap,
+        "head_weight": head_gap / (head_gap + tail_gap),
+        "top1_agreement": (STUDENT.argmax(-1) == TEACHER.argmax(-1)).double(),
+    }
+    for name, values in expected.items():
+        assert torch.allclose(output.statistics[name], values), name
+
+
+def test_without_a_teacher_it_is_supervised_fine_tuning() -> None:
+    output = DistillationCriterion(alpha=0.0)(STUDENT, None, LABELS)
+    assert torch.allclose(output.loss, torch.nn.functional.cross_entropy(STUDENT, LABELS, reduction="sum"))
+    assert set(output.statistics) == {"loss", "cross_entropy"}
+    with pytest.raises(UsageError, match=r"alpha = 0.5 needs a teacher"):
+        DistillationCriterion()(STUDENT, None, LABELS)
+
+
+def test_a_batch_without_response_tokens_adds_nothing() -> None:
+    logits = torch.zeros(0, 40, requires_grad=True)
+    output = DistillationCriterion()(logits, torch.zeros(0, 40), torch.zeros(0, dtype=torch.long))
+    output.loss.backward()
+    assert output.loss == 0
+    assert all(values.numel() == 0 for values in output.statistics.values())
+
+
+def test_response_positions_predict_the_labels() -> None:
+    positions, labels = DistillationCriterion().response_labels(torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]]))
+    assert positions.tolist() == [[False, True, True, False], [False, False, True, False]]
+    assert labels.tolist() == [5, 6, 8]
+
+
+def test_a_weight_of_zero_switches_its_part_off() -> None:
+    masked = STUDENT.clone()
+    masked[:, 0] = -torch.inf
+    output = DistillationCriterion(alpha=1.0)(masked, masked, LABELS)  # label 0 has no mass: its cross entropy is inf
+    assert output.loss == 0
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(UsageError, match=r"unknown divergence 'AKL': use one of AdaptiveKL, ForwardKL"):
+        DistillationCriterion("AKL")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"alpha must lie in \[0, 1\]"):
+        DistillationCriterion(alpha=1.5)
+    with pytest.raises(UsageError, match="temperature must be a positive number"):
+        DistillationCriterion(temperature=0)
+    with pytest.raises(UsageError, match="mu must lie"):
+        AdaptiveKL(mu=0)
+
+
+def test_known_divergences_count_a_users_own() -> None:
+    class Mine(Divergence):
+        def compare(self, student, teacher):
+            return (student - teacher).square().sum(-1)
+
+    assert {"Mine", "AdaptiveKL", "SkewKL"} <= set(known_divergences())
+    assert "Divergence" not in known_divergences()
