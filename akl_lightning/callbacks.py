@@ -44,7 +44,7 @@ class AdaptiveWeightMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is something to log and somewhere to log it."""
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit":
             _require_teacher(self, pl_module)
             if not trainer.loggers:
                 raise UsageError("AdaptiveWeightMonitor needs a logger: give the Trainer one or remove the callback.")

@@ -1,6 +1,7 @@
 """The Lightning CLI for distillation, with errors in one sentence."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ class OneSentenceParser(LightningArgumentParser):
 
 
 class DistillationCLI(LightningCLI):
-    """The Lightning CLI with :class:`DistillationModule` as ``--model`` and :class:`InstructionDataModule` as ``--data``.
+    """The Lightning CLI with the distillation module as ``--model`` and the instruction data as ``--data``.
 
     Args:
         kwargs: of :class:`lightning.pytorch.cli.LightningCLI`.
@@ -50,6 +51,8 @@ def run_command(main: Callable[[], object]) -> None:
     Args:
         main: the command.
     """
+    # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
     # A TTY that went away (a closed pager, head) is no mistake.
     with suppress(BrokenPipeError):
         try:

@@ -10,7 +10,17 @@ from akl_lightning import functional as F
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
 
-STATISTICS = ("loss", "divergence", "cross_entropy", "fkl", "rkl", "head_gap", "tail_gap", "head_weight", "top1_agreement")
+STATISTICS = (
+    "loss",
+    "divergence",
+    "cross_entropy",
+    "fkl",
+    "rkl",
+    "head_gap",
+    "tail_gap",
+    "head_weight",
+    "top1_agreement",
+)
 """Names of the per-token statistics. Without a teacher only ``loss`` and ``cross_entropy`` exist."""
 
 
@@ -105,12 +115,8 @@ class DistillationCriterion(nn.Module):
         if self.temperature != 1:
             student_log_probs = F.log_probs(student, self.temperature)
         divergence = self.temperature**2 * self.divergence.compare(student_log_probs, teacher_log_probs)
-        # Zero times infinity is zero here: a weight of 0 switches its part off.
-        per_token = sum(
-            weight * part
-            for weight, part in ((self.alpha, divergence), (1 - self.alpha, cross_entropy))
-            if weight > 0
-        )
+        # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
+        per_token = F.weighted(self.alpha, divergence) + F.weighted(1 - self.alpha, cross_entropy)
         statistics = {"loss": per_token, "divergence": divergence, "cross_entropy": cross_entropy}
         statistics |= self._compare(student_log_probs.detach(), teacher_log_probs)
         return CriterionOutput(per_token.sum(), {name: value.detach() for name, value in statistics.items()})
@@ -127,4 +133,3 @@ class DistillationCriterion(nn.Module):
             "head_weight": F.head_weight(head_gap, tail_gap),
             "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype),
         }
-

@@ -88,10 +88,7 @@ def _head_levels(teacher_probs: Tensor, mu: float, head_rule: HeadRule) -> Itera
         # One more than needed, to see whether the last token of the head ties with the first one outside it.
         values, tokens = probs.topk(min(k + 1, vocab), dim=-1)
         mass = values.double().cumsum(-1)
-        if head_rule == "cover":
-            size = (mass < mu).sum(-1) + 1
-        else:
-            size = (mass <= mu).sum(-1).clamp(min=1)
+        size = (mass < mu).sum(-1) + 1 if head_rule == "cover" else (mass <= mu).sum(-1).clamp(min=1)
         found = (size <= k) | (k >= vocab)  # with the whole vocabulary seen, rounding may still leave it short of mu
         size.clamp_(max=values.shape[-1])
         # A token without mass adds nothing to a cover, so it never belongs to the head.
@@ -220,7 +217,7 @@ def reverse_kl_from_log_probs(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _kl_of_varying(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a‖b) with a gradient in both. Where b is 0 under mass of a the value is +inf and the gradient leaves it out."""
+    """KL(a‖b) with a gradient in both; +inf where b is 0 under mass of a, and the gradient leaves that out."""
     a = log_a.exp()
     ratio = log_a - log_b
     left_out = (a == 0) | (log_b == -torch.inf)
@@ -230,7 +227,8 @@ def _kl_of_varying(log_a: Tensor, log_b: Tensor) -> Tensor:
     return value + torch.zeros_like(value).masked_fill(impossible, torch.inf)
 
 
-def _weighted(weight: Tensor | float, value: Tensor) -> Tensor:
+def weighted(weight: Tensor | float, value: Tensor) -> Tensor:
+    """``weight * value``, where a zero weight times anything, infinity too, is 0, in the gradient as well."""
     weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
     return torch.where(weight == 0, 0.0, weight * value.masked_fill(weight == 0, 0.0))
 
@@ -242,8 +240,8 @@ def adaptive_kl_from_log_probs(
     head_gap, tail_gap = head_tail_gap(student.exp(), teacher.exp(), mu, head_rule)
     weight = head_weight(head_gap, tail_gap)
     differs = head_gap + tail_gap > 0
-    forward = _weighted(weight * differs, forward_kl_from_log_probs(student, teacher))
-    return forward + _weighted((1 - weight) * differs, reverse_kl_from_log_probs(student, teacher))
+    forward = weighted(weight * differs, forward_kl_from_log_probs(student, teacher))
+    return forward + weighted((1 - weight) * differs, reverse_kl_from_log_probs(student, teacher))
 
 
 def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
@@ -368,8 +366,8 @@ def weighted_kl(
 def weighted_kl_from_log_probs(student: Tensor, teacher: Tensor, forward_weight: float = 0.5) -> Tensor:
     """:func:`weighted_kl` of log-probabilities."""
     check_fraction("forward_weight", forward_weight)
-    forward = _weighted(forward_weight, forward_kl_from_log_probs(student, teacher))
-    return forward + _weighted(1 - forward_weight, reverse_kl_from_log_probs(student, teacher))
+    forward = weighted(forward_weight, forward_kl_from_log_probs(student, teacher))
+    return forward + weighted(1 - forward_weight, reverse_kl_from_log_probs(student, teacher))
 
 
 def jensen_shannon(

@@ -85,7 +85,7 @@ def distillation_metrics(prefix: str, with_teacher: bool) -> MetricCollection:
         prefix: ``train/``, ``val/`` or ``test/``.
         with_teacher: without one, only loss and cross entropy exist.
     """
-    metrics: dict[str, Metric] = {
+    metrics: dict[str, Metric | MetricCollection] = {
         name: TokenMean(name)
         for name in STATISTICS
         if name not in ("head_gap", "tail_gap") and (with_teacher or name in ("loss", "cross_entropy"))

@@ -100,6 +100,8 @@ class SplitModel(nn.Module):
         model: the language model.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -125,6 +127,26 @@ class SplitModel(nn.Module):
         if self.is_split:
             return self.model.get_output_embeddings().weight.shape[0]
         return getattr(self.config, "vocab_size", None)
+
+    def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
+        """Raise :class:`UsageError` unless the model has a position and an output for all that the data may hold.
+
+        Args:
+            name: what the message calls the model.
+            tokenizer: the data's, where there is one.
+            max_length: tokens of the longest sequence, where it is known.
+        """
+        if max_length and self.max_positions and max_length > self.max_positions:
+            raise UsageError(
+                f"data.max_length = {max_length} is beyond the {self.max_positions} positions of the {name}: "
+                f"set it to {self.max_positions} or less."
+            )
+        if tokenizer is not None and self.vocab_size and len(tokenizer) > self.vocab_size:
+            token = tokenizer.convert_ids_to_tokens(self.vocab_size)
+            raise UsageError(
+                f"the {name} has no output for the token {token!r} (id {self.vocab_size}) of the data's tokenizer, "
+                f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
+            )
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Run the body: ``[batch, length, hidden]``."""

@@ -1,12 +1,13 @@
 """The LightningModule that users run or subclass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
@@ -47,6 +48,10 @@ class DistillationModule(LightningModule):
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
     """
+
+    train_metrics: MetricCollection
+    val_metrics: MetricCollection
+    test_metrics: MetricCollection
 
     def __init__(
         self,
@@ -92,28 +97,16 @@ class DistillationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
-        models = {"student": self.student, "teacher": self.teacher and self.teacher.model}
+        models = {"student": self.student}
+        if self.teacher is not None:
+            models["teacher"] = self.teacher.model
         data = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
-        sizes = {name: model.vocab_size for name, model in models.items() if model and model.vocab_size}
+        sizes = {name: model.vocab_size for name, model in models.items() if model.vocab_size}
         for name, model in models.items():
-            if model is None:
-                continue
-            limit = getattr(data, "max_length", None)
-            if limit and model.max_positions and limit > model.max_positions:
-                raise UsageError(
-                    f"data.max_length = {limit} is beyond the {model.max_positions} positions of the {name}: "
-                    f"set it to {model.max_positions} or less."
-                )
-            if tokenizer is not None:
-                if self._tokenizers[name]:
-                    check_same_vocabulary(self._tokenizers[name], tokenizer, (name, "data"))
-                if name in sizes and len(tokenizer) > sizes[name]:
-                    token = tokenizer.convert_ids_to_tokens(sizes[name])
-                    raise UsageError(
-                        f"the {name} has no output for the token {token!r} (id {sizes[name]}) of the data's tokenizer, "
-                        f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
-                    )
+            if tokenizer is not None and (own := self._tokenizers[name]) is not None:
+                check_same_vocabulary(own, tokenizer, (name, "data"))
+            model.check_fits(name, tokenizer, getattr(data, "max_length", None))
         known = any(self._tokenizers.values()) or tokenizer is not None
         if len(set(sizes.values())) > 1 and not known:
             raise UsageError(
@@ -210,7 +203,11 @@ class DistillationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any] | None = None
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step with gradients that are means over all response tokens of the step."""
 

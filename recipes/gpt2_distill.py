@@ -39,7 +39,7 @@ from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Pair
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.report import comparison_table, evaluate
-from akl_lightning.models import load_causal_lm
+from akl_lightning.models import SplitModel, load_causal_lm
 from akl_lightning.module import DistillationModule
 
 console = Console()
@@ -58,8 +58,10 @@ def main(args: list[str] | None = None) -> None:
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     say = console.print if trainer.is_global_zero else lambda *_: None
     samples = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    say(f"Global batch: {samples} samples = {data.batch_size} per device × {trainer.world_size} devices "
-        f"× {trainer.accumulate_grad_batches} accumulated")  # fmt: skip
+    say(
+        f"Global batch: {samples} samples = {data.batch_size} per device × {trainer.world_size} devices "
+        f"× {trainer.accumulate_grad_batches} accumulated"
+    )
 
     say("[bold]The student before distillation")
     rows, answers = {}, {}
@@ -70,14 +72,18 @@ def main(args: list[str] | None = None) -> None:
 
     say("[bold]The student after distillation, and the teacher")
     rows["student after"], answers["student"] = evaluate(trainer, module, data)
-    teacher = DistillationModule(module.teacher.model.model, cli.config.model.teacher, max_new_tokens=module.max_new_tokens)
+    # The teacher in the student's place, compared with itself.
+    teacher_model = module.teacher.model.model
+    teacher = DistillationModule(teacher_model, teacher_model, max_new_tokens=module.max_new_tokens)
     rows["teacher"], answers["teacher"] = evaluate(trainer, teacher, data)
 
     if trainer.is_global_zero:
         report(cli.run_folder, rows, answers, trainer)
 
 
-def report(run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list[dict[str, str]]], trainer: Trainer) -> None:
+def report(
+    run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list[dict[str, str]]], trainer: Trainer
+) -> None:
     """Print the comparison and where everything lies."""
     report_path = free_path(run / "report.json")
     report_path.write_text(json.dumps({"figures": rows, "answers": answers}, indent=2, ensure_ascii=False))
@@ -87,7 +93,9 @@ def report(run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list
     step = max(1, len(answers["student"]) // 4)
     for student, teacher in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
         print(f"\n{student['prompt'].strip()}")
-        print(f"  reference: {student['reference']}\n    teacher: {teacher['answer']}\n    student: {student['answer']}")
+        print(f"  reference: {student['reference']}")
+        print(f"    teacher: {teacher['answer']}")
+        print(f"    student: {student['answer']}")
     export = next(callback for callback in trainer.callbacks if isinstance(callback, StudentExport)).exported
     plot = next(callback for callback in trainer.callbacks if isinstance(callback, HeadTailPlot)).path
     print(f"\nHead and tail error per epoch: {plot}")
@@ -103,9 +111,16 @@ class Recipe(DistillationCLI):
     run_folder: Path
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_argument("--ckpt_path", type=str | None, help="Checkpoint to go on from, or 'last' for the last run's.")
-        parser.add_argument("--output_dir", type=str, default="runs/gpt2_distill", help="Folder of the run; if it holds one, -v1 is added.")
-        parser.add_function_arguments(prepare_teacher, "teacher", skip={"data"})
+        parser.add_argument(
+            "--ckpt_path", type=str | None, help="Checkpoint to go on from, or 'last' for the last run's."
+        )
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default="runs/gpt2_distill",
+            help="Folder of the run; where there is one already, -v1 is added.",
+        )
+        parser.add_function_arguments(prepare_teacher, "teacher", skip={"student", "data"})
         parser.set_defaults({"data.tokenizer": ""})
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -115,13 +130,14 @@ class Recipe(DistillationCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
+        run, config.ckpt_path = choose_run(Path(config.output_dir), config.ckpt_path)
+        # Built once before the teacher's training, so that a mistake in its settings costs no time.
+        criterion = config.model.criterion
+        DistillationCriterion(**criterion.as_dict() | {"divergence": instantiate_class((), criterion.divergence)})
         if config.model.teacher is None:
-            folder = str(prepare_teacher(data=config.data, **config.teacher.as_dict()))
-            config.model.teacher = folder
-            config.data.tokenizer = config.data.tokenizer or folder
+            config.model.teacher = str(prepare_teacher(config.model.student, config.data, **config.teacher.as_dict()))
         config.data.tokenizer = config.data.tokenizer or config.model.teacher
 
-        run, config.ckpt_path = choose_run(Path(config.output_dir), config.ckpt_path)
         self.run_folder = run
         config.trainer.default_root_dir = str(run)
         self.trainer_defaults["callbacks"] = [
@@ -163,18 +179,20 @@ def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | Non
 
 
 def prepare_teacher(
+    student: Any,
     data: Any,
     model: dict[str, Any],
     vocab_size: int = 2048,
-    max_epochs: int = 8,
-    batch_size: int = 32,
-    learning_rate: float = 2e-3,
+    max_epochs: int = 4,
+    batch_size: int = 8,
+    learning_rate: float = 1.5e-3,
     seed: int = 0,
     cache_dir: str = "~/.cache/akl_lightning",
 ) -> Path:
     """Train tokenizer and teacher on the training split, or find them in the cache.
 
     Args:
+        student: what will learn from it; its positions and vocabulary are checked before any training.
         data: the settings of the data module, which the student shares.
         model: the teacher's ``transformers`` config.
         vocab_size: of the byte-level BPE tokenizer.
@@ -197,7 +215,9 @@ def prepare_teacher(
         "code": digest(*(path.read_text() for path in code)),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "lightning")},
         "machine": f"{platform.machine()}, {'cuda' if torch.cuda.is_available() else 'cpu'}",
-        "data": {name: data[name] for name in ("template", "max_length", "max_prompt_length", "group_by_length")},
+        "data": {
+            name: data[name] for name in ("template", "max_length", "max_prompt_length", "group_by_length", "seed")
+        },
         "teacher": [model, vocab_size, max_epochs, batch_size, learning_rate, seed],
     }
     key = digest(json.dumps(depends_on, sort_keys=True))[:16]
@@ -211,21 +231,27 @@ def prepare_teacher(
         with atomic_folder(folder) as unfinished:
             console.print("[bold]Tokenizer: training a byte-level BPE")
             tokenizer = train_tokenizer(pairs["train"], vocab_size)
+            SplitModel(load_causal_lm(student)).check_fits("student", tokenizer, data.max_length)
             console.print("[bold]Teacher: training, once; later runs find it in the cache")
             seed_everything(seed, verbose=False)
-            ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            end = tokenizer.eos_token_id
             module = DistillationModule(
-                model | ids,
+                model | {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end},
                 criterion=DistillationCriterion(alpha=0.0),
                 optimizer=lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.1),
                 lr_scheduler="cosine",
-                warmup_steps=50,
+                warmup_steps=200,
             )
             settings = data.as_dict() | {"source": source, "tokenizer": tokenizer, "batch_size": batch_size}
             trainer = Trainer(
-                max_epochs=max_epochs, devices=1, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-                enable_model_summary=False, default_root_dir=unfinished,
-            )  # fmt: skip
+                max_epochs=max_epochs,
+                devices=1,
+                gradient_clip_val=1.0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                default_root_dir=unfinished,
+            )
             trainer.fit(module, InstructionDataModule(**settings))
             module.student.model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)

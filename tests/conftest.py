@@ -15,7 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAIRS = [
     {"instruction": f"Say {word}", "input": "", "output": f"{word} and {word} again" + " yes" * (index % 7)}
-    for index, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split() * 3)
+    for index, word in enumerate(
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"] * 3
+    )
 ]
 PAIRS = [{**pair, "instruction": f"{pair['instruction']} {index}"} for index, pair in enumerate(PAIRS)]
 

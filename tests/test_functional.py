@@ -121,7 +121,7 @@ def test_values(name: str, temperature: float, vocab: int) -> None:
 
 @ALL
 def test_gradients_match_finite_differences(name: str) -> None:
-    ours, formula = CASES[name]
+    ours, _ = CASES[name]
     student, teacher = pair(tokens=3, vocab=7, scale=1.0)
     student.requires_grad_()
     if "adaptive" in name:
@@ -156,7 +156,8 @@ def test_the_teacher_gets_no_gradient(name: str) -> None:
 
 rows = st.integers(2, 12).flatmap(
     lambda vocab: st.tuples(
-        *[st.lists(st.floats(-8, 8, width=32), min_size=vocab, max_size=vocab) for _ in range(2)], st.permutations(range(vocab))
+        *[st.lists(st.floats(-8, 8, width=32), min_size=vocab, max_size=vocab) for _ in range(2)],
+        st.permutations(range(vocab)),
     )
 )
 

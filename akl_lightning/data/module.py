@@ -1,7 +1,6 @@
 """Instruction data for the Trainer."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -149,16 +148,13 @@ class InstructionDataModule(LightningDataModule):
             group_by_length=self.group_by_length,
             seed=self.seed,
         )
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls a function that torch has deprecated; nothing a user could change.
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return StatefulDataLoader(
-                _Rows(data.select_columns(["prompt_ids", "response_ids"])),
-                batch_size=self.batch_size,
-                sampler=sampler,
-                collate_fn=collate,
-                num_workers=self.num_workers,
-            )
+        return StatefulDataLoader(
+            _Rows(data.select_columns(["prompt_ids", "response_ids"])),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
 
     def _pad(self, rows: list[list[int]], value: int, side: str) -> Tensor:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
@@ -173,9 +169,7 @@ class InstructionDataModule(LightningDataModule):
         filler = [self._pad_id]
         prompts = [row["prompt_ids"] or filler for row in rows]
         whole = [prompt + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
-        labels = [
-            [IGNORE_INDEX] * len(prompt) + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        labels = [[IGNORE_INDEX] * len(prompt) + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
         return {
             "input_ids": self._pad(whole, self._pad_id, "right"),
             "attention_mask": self._pad([[1] * len(row) for row in whole], 0, "right"),

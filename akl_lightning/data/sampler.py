@@ -71,9 +71,7 @@ class StepSampler(DistributedSampler):
         if not self.group_by_length:
             return list(order.split(self.step_size))
         pools = order.split(self.step_size * _STEPS_PER_POOL) if self.shuffle else (order,)
-        steps = [
-            step for pool in pools for step in pool[self.lengths[pool].argsort(stable=True)].split(self.step_size)
-        ]
+        steps = [step for pool in pools for step in pool[self.lengths[pool].argsort(stable=True)].split(self.step_size)]
         if self.shuffle:
             # Only the last step may be short: a short one in between would end an accumulation window too early.
             full = len(steps) - (len(steps[-1]) < self.step_size)

@@ -206,7 +206,9 @@ def _pair(record: dict[str, object], fields: tuple[str, str, str], where: str) -
     instruction, input, output = fields
     for field in (instruction, output):
         if field not in record:
-            raise UsageError(f"{where} has no field {field!r}, only {', '.join(record)}: name its fields in the source.")
+            raise UsageError(
+                f"{where} has no field {field!r}, only {', '.join(record)}: name its fields in the source."
+            )
     texts = [record.get(field) or "" for field in (instruction, output, input)]
     for field, text in zip((instruction, output, input), texts, strict=True):
         if not isinstance(text, str):
@@ -218,5 +220,7 @@ def _usable(pairs: list[Pair], where: str) -> list[Pair]:
     """Drop pairs without an instruction or a response, and duplicates; keep the order."""
     usable = list(dict.fromkeys(pair for pair in pairs if pair.instruction.strip() and pair.output.strip()))
     if not usable:
-        raise UsageError(f"{where} has no usable pair left among {len(pairs)}: each needs an instruction and an output.")
+        raise UsageError(
+            f"{where} has no usable pair left among {len(pairs)}: each needs an instruction and an output."
+        )
     return usable

@@ -48,13 +48,12 @@ def evaluate(
     return figures, answers
 
 
-def generate_answers(
-    trainer: Trainer, module: DistillationModule, data: InstructionDataModule
-) -> list[dict[str, str]]:
+def generate_answers(trainer: Trainer, module: DistillationModule, data: InstructionDataModule) -> list[dict[str, str]]:
     """The student's greedy answers to the test split's prompts, gathered from all ranks."""
     predictions: Any = trainer.predict(module, data)
     mine: dict[int, str] = {}
-    for batch, answers in zip(data.predict_dataloader(), predictions, strict=True):
+    # The Trainer may have been told to predict fewer batches.
+    for answers, batch in zip(predictions, data.predict_dataloader(), strict=False):
         texts = data.tokenizer.batch_decode(answers, skip_special_tokens=True)
         mine |= dict(zip(batch["index"].tolist(), texts, strict=True))
     gathered: list[dict[int, str]] = [mine]

@@ -94,7 +94,9 @@ def test_docstrings_of_the_standard_library() -> None:
 
 
 def test_fields_named_by_the_user(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"}, "", {"question": "q2", "answer": "a2", "input": "i"})
+    path = write(
+        tmp_path / "a.jsonl", {"question": "q", "answer": "a"}, "", {"question": "q2", "answer": "a2", "input": "i"}
+    )
     (one, two) = JsonLines(path, instruction="question", output="answer").load()["train"]
     assert (one.instruction, one.input, one.output) == ("q", "", "a")
     assert two.input == "i"
