@@ -107,6 +107,13 @@ class DistillationModule(LightningModule):
             if tokenizer is not None and (own := self._tokenizers[name]) is not None:
                 check_same_vocabulary(own, tokenizer, (name, "data"))
             model.check_fits(name, tokenizer, getattr(data, "max_length", None))
+        if stage == "predict" and (limit := self.student.max_positions):
+            longest = getattr(data, "max_prompt_length", 0) + self.max_new_tokens
+            if longest > limit:
+                raise UsageError(
+                    f"data.max_prompt_length + model.max_new_tokens = {longest} is beyond the {limit} positions of the "
+                    "student: lower one of them."
+                )
         known = any(self._tokenizers.values()) or tokenizer is not None
         if len(set(sizes.values())) > 1 and not known:
             raise UsageError(

@@ -26,6 +26,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
@@ -228,7 +229,8 @@ def prepare_teacher(
         if folder.exists():
             console.print(f"Tokenizer and teacher: found in {folder}", soft_wrap=True)
             return folder
-        with atomic_folder(folder) as unfinished:
+        # Isolated, so that the student's weights are the same whether the teacher was trained or found.
+        with atomic_folder(folder) as unfinished, isolate_rng():
             console.print("[bold]Tokenizer: training a byte-level BPE")
             tokenizer = train_tokenizer(pairs["train"], vocab_size)
             SplitModel(load_causal_lm(student)).check_fits("student", tokenizer, data.max_length)

@@ -4,14 +4,17 @@ import json
 import os
 from pathlib import Path
 
+# Whatever a test does, it must not reach for the hub; its library reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-# Whatever a test does, it must not reach for the hub.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
 
 PAIRS = [
     {"instruction": f"Say {word}", "input": "", "output": f"{word} and {word} again" + " yes" * (index % 7)}
@@ -55,3 +58,20 @@ def gpt2(width: int = 16, vocab_size: int = 300, positions: int = 64) -> GPT2LMH
             eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Trainer settings of a test that looks at parameters and metrics only."""
+
+
+@pytest.fixture
+def data(tokenizer: PreTrainedTokenizerFast, corpus: str) -> InstructionDataModule:
+    return InstructionDataModule(
+        tokenizer, JsonLines(corpus), batch_size=4, max_length=40, validation_size=4, test_size=4
+    )

@@ -18,7 +18,8 @@ INF = math.inf
 def softmax(row: list[float], t: float = 1.0) -> list[float]:
     top = max(row)
     exps = [math.exp((x - top) / t) for x in row]
-    return [e / math.fsum(exps) for e in exps]
+    total = math.fsum(exps)
+    return [e / total for e in exps]
 
 
 def kl(a: list[float], b: list[float]) -> float:

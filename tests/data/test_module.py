@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -61,15 +62,12 @@ def test_long_prompts_are_dropped_and_long_responses_cut(tokenizer, tmp_path: Pa
 def test_chat_template(tokenizer, corpus: str) -> None:
     with pytest.raises(UsageError, match="no chat template"):
         InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
-    tokenizer = tokenizer.__class__.from_pretrained if False else tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    try:
-        data = InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
-        data.setup("fit")
-        assert data.splits["train"][0]["prompt"].startswith("<user>Say ")
-        assert data.splits["train"][0]["prompt"].endswith("<assistant>")
-    finally:
-        tokenizer.chat_template = None
+    data = InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
+    data.setup("fit")
+    assert data.splits["train"][0]["prompt"].startswith("<user>Say ")
+    assert data.splits["train"][0]["prompt"].endswith("<assistant>")
 
 
 def test_the_split_depends_on_names_alone() -> None:
@@ -90,7 +88,9 @@ def test_docstrings_of_the_standard_library() -> None:
     assert pairs["json.dumps"].instruction.startswith("def json.dumps(obj, *, skipkeys=False")
     assert pairs["json.dumps"].output == "Serialize ``obj`` to a JSON formatted ``str``."
     assert len({pair.output for pair in pairs.values()}) == len(pairs)
-    assert not any("test" in name.split(".") or "site-packages" in name for name in pairs)
+    # unittest is part of the library, the library's own tests are not
+    assert "unittest.case.TestCase.assertEqual" in pairs
+    assert not any(name.startswith("test.") or ".tests." in name or "site-packages" in name for name in pairs)
 
 
 def test_fields_named_by_the_user(tmp_path: Path) -> None:
