@@ -7,6 +7,7 @@ from jsonargparse import lazy_instance
 from torch import Tensor, nn
 
 from akl_lightning import functional as F
+from akl_lightning.chunked import Logits, project_and_compare
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
 
@@ -45,6 +46,8 @@ class DistillationCriterion(nn.Module):
         temperature: softens both distributions before they are compared; the divergence is scaled by its square.
             Cross entropy is not softened.
         ignore_index: label of the positions that are no response positions.
+        chunk_size: tokens whose logits exist at a time; None for as many as have logits of 64 MiB. It changes speed and
+            memory, not the result.
 
     Raises:
         UsageError: a value out of its range, or a divergence that is none.
@@ -64,6 +67,7 @@ class DistillationCriterion(nn.Module):
         alpha: float = 0.5,
         temperature: float = 1.0,
         ignore_index: int = -100,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(divergence, Divergence):
@@ -74,6 +78,7 @@ class DistillationCriterion(nn.Module):
         self.alpha = alpha
         self.temperature = temperature
         self.ignore_index = ignore_index
+        self.chunk_size = chunk_size
 
     @property
     def needs_teacher(self) -> bool:
@@ -93,43 +98,42 @@ class DistillationCriterion(nn.Module):
         positions = following != self.ignore_index
         return positions, following[positions]
 
-    def forward(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> CriterionOutput:
+    def forward(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
         """Compare at response positions.
 
         Args:
-            student: logits ``[tokens, vocab]``.
-            teacher: logits ``[tokens, vocab]``, or None with ``alpha = 0``.
+            student: logits ``[tokens, vocab]``, or hidden states and the head that projects them.
+            teacher: likewise, or None with ``alpha = 0``.
             labels: ``[tokens]``, the tokens of the data.
         """
-        # float() would cut float64 short; log_probs raises to float32 at least.
-        student_log_probs = F.log_probs(student)
-        cross_entropy = -student_log_probs.gather(-1, labels[:, None]).squeeze(-1)
+        if teacher is None and self.needs_teacher:
+            raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
+        return CriterionOutput(*project_and_compare(student, teacher, labels, self._compare, self.chunk_size))
+
+    def _compare(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Tensor) -> dict[str, Tensor]:
+        """Statistics of a few rows; ``student`` is overwritten with the gradient of their summed loss."""
         if teacher is None:
-            if self.needs_teacher:
-                raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
-            per_token = cross_entropy
-            statistics = {"loss": per_token, "cross_entropy": cross_entropy}
-            return CriterionOutput(per_token.sum(), {name: value.detach() for name, value in statistics.items()})
-
-        teacher_log_probs = F.log_probs(teacher.detach(), self.temperature)
-        if self.temperature != 1:
-            student_log_probs = F.log_probs(student, self.temperature)
-        divergence = self.temperature**2 * self.divergence.compare(student_log_probs, teacher_log_probs)
-        # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
-        per_token = F.weighted(self.alpha, divergence) + F.weighted(1 - self.alpha, cross_entropy)
-        statistics = {"loss": per_token, "divergence": divergence, "cross_entropy": cross_entropy}
-        statistics |= self._compare(student_log_probs.detach(), teacher_log_probs)
-        return CriterionOutput(per_token.sum(), {name: value.detach() for name, value in statistics.items()})
-
-    def _compare(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        head_gap, tail_gap = F.head_tail_gap(
-            student.exp(), teacher.exp(), self.divergence.mu, self.divergence.head_rule
-        )
-        return {
-            "fkl": F.forward_kl_from_log_probs(student, teacher),
-            "rkl": F.reverse_kl_from_log_probs(student, teacher),
-            "head_gap": head_gap,
-            "tail_gap": tail_gap,
-            "head_weight": F.head_weight(head_gap, tail_gap),
-            "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).to(student.dtype),
-        }
+            log_q = F.log_probs(student)
+            weight, cross_entropy = 1.0, -log_q.gather(-1, labels[:, None]).squeeze(-1)
+            statistics = {"loss": cross_entropy, "cross_entropy": cross_entropy}
+            torch.exp(log_q, out=student)
+        else:
+            t, weight = self.temperature, 1 - self.alpha
+            log_q = student if t == 1 else F.log_probs(student)
+            softened = (student, teacher.to(student.dtype)) if t == 1 else (student / t, teacher.to(student.dtype) / t)
+            # With a temperature of 1, student and log_q are now the log-probabilities.
+            pair = F.compare(*softened, self.divergence.mu, self.divergence.head_rule, scratch)
+            cross_entropy = -log_q.gather(-1, labels[:, None]).squeeze(-1)
+            divergence, gradient = self.divergence.value_and_gradient(pair)
+            divergence = t**2 * divergence
+            # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
+            loss = F.weighted(self.alpha, divergence) + F.weighted(weight, cross_entropy)
+            statistics = {"loss": loss, "divergence": divergence, "cross_entropy": cross_entropy}
+            statistics |= {name: getattr(pair, name) for name in pair._fields if name in STATISTICS}
+            statistics["head_weight"] = F.head_weight(pair.head_gap, pair.tail_gap)
+            # By the chain rule, t² times the divergence of logits / t has t times the gradient.
+            q, gradient = (pair.student_probs, gradient) if t == 1 else (log_q.exp(), gradient.mul_(t))
+            torch.lerp(gradient, q, weight, out=student)
+        # The rest of cross entropy's gradient, q - 1 at the label.
+        student.scatter_add_(-1, labels[:, None], student.new_full((len(labels), 1), -weight))
+        return statistics

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from akl_lightning import functional as F
@@ -54,8 +55,51 @@ class Divergence(nn.Module, ABC):
         teacher = F.log_probs(teacher_logits.detach(), temperature)
         return temperature**2 * self.compare(F.log_probs(student_logits, temperature), teacher)
 
+    def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
+        """Value per token and its gradient, here through autograd; what the criterion calls, a few tokens at a time.
 
-class AdaptiveKL(Divergence):
+        Args:
+            pair: student and teacher; its ``log_ratio`` may be overwritten.
+
+        Returns:
+            Value ``[tokens]``, and its gradient with respect to the student's (softened) logits ``[tokens, vocab]``.
+        """
+        with torch.enable_grad():
+            student = pair.student.detach().requires_grad_()
+            value = self.compare(student, pair.teacher)
+            (gradient,) = torch.autograd.grad(value.sum(), student)
+        return value.detach(), gradient - pair.student_probs * gradient.sum(-1, keepdim=True)
+
+
+class WeightedPerToken(Divergence):
+    """A divergence ``a * FKL + b * RKL``, whose gradient is known in closed form: the weights per token have none.
+
+    Subclasses give the weights and :meth:`compare`.
+    """
+
+    @abstractmethod
+    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
+        """``a`` and ``b``, each ``[tokens]``.
+
+        Args:
+            head_gap: ``[tokens]``.
+            tail_gap: ``[tokens]``.
+        """
+
+    def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
+        """As in :class:`Divergence`: FKL's gradient is ``q - p``, RKL's is ``q * (log q - log p - RKL)``."""
+        a, b = self.weights(pair.head_gap, pair.tail_gap)
+        value = F.weighted(a, pair.fkl) + F.weighted(b, pair.rkl)
+        irregular = super().value_and_gradient(pair.rows(pair.irregular)) if pair.irregular.numel() else None
+        # q * (a - b * RKL - b * log_ratio) - a * p, in place: passes over the vocabulary are what a large one costs.
+        gradient = pair.log_ratio.mul_(-b[:, None]).add_((a - b * pair.rkl)[:, None]).mul_(pair.student_probs)
+        gradient.addcmul_(pair.teacher_probs, -a[:, None])
+        if irregular is not None:
+            value[pair.irregular], gradient[pair.irregular] = irregular
+        return value, gradient
+
+
+class AdaptiveKL(WeightedPerToken):
     """Adaptive KL of arXiv 2404.02657: FKL and RKL weighted per token by where student and teacher still differ.
 
     Args:
@@ -72,22 +116,31 @@ class AdaptiveKL(Divergence):
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.adaptive_kl_from_log_probs(student, teacher, self.mu, self.head_rule)
 
+    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
+        return F.adaptive_weights(head_gap, tail_gap)
 
-class ForwardKL(Divergence):
+
+class ForwardKL(WeightedPerToken):
     """Forward KL, ``KL(p‖q)``."""
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.forward_kl_from_log_probs(student, teacher)
 
+    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(head_gap), torch.zeros_like(head_gap)
 
-class ReverseKL(Divergence):
+
+class ReverseKL(WeightedPerToken):
     """Reverse KL, ``KL(q‖p)``."""
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.reverse_kl_from_log_probs(student, teacher)
 
+    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(head_gap), torch.ones_like(head_gap)
 
-class WeightedKL(Divergence):
+
+class WeightedKL(WeightedPerToken):
     """A fixed mix of forward and reverse KL.
 
     Args:
@@ -101,6 +154,9 @@ class WeightedKL(Divergence):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.weighted_kl_from_log_probs(student, teacher, self.forward_weight)
+
+    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(head_gap, self.forward_weight), torch.full_like(head_gap, 1 - self.forward_weight)
 
 
 class JensenShannon(Divergence):

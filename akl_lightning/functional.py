@@ -11,7 +11,7 @@ other makes FKL or RKL ``+inf``, with a finite gradient. A zero weight times any
 
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from akl_lightning.errors import UsageError
 
 HeadRule = Literal["cover", "within"]
 
+# The head of a real language model is a few tokens: a 135M instruction model on real text, 25 at the 99th percentile.
 _FIRST_TOP_K = 32
 _WIDEN_BY = 16
+_GROUP = 64
 
 
 def check_temperature(temperature: float) -> None:
@@ -72,48 +74,68 @@ def _pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) ->
 # Head and tail
 
 
-def _head_levels(teacher_probs: Tensor, mu: float, head_rule: HeadRule) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _head_levels(
+    teacher_probs: Tensor, mu: float, head_rule: HeadRule
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Find the head of each row without sorting the vocabulary.
 
     Looks at the k largest probabilities of every row, k small, and again with a larger k at the rows whose head may
-    reach beyond them, up to the whole vocabulary. Yields ``(rows [n], tokens [n, k], in_head [n, k])``; each row
-    comes exactly once.
+    reach beyond them, up to the whole vocabulary. Yields ``(rows [n], top token [n], tokens [n, k], in_head [n, k])``;
+    each row comes exactly once.
     """
     check_head(mu, head_rule)
     count, vocab = teacher_probs.shape
     rows = torch.arange(count, device=teacher_probs.device)
-    k = min(_FIRST_TOP_K, vocab)
+    k = _FIRST_TOP_K
     while rows.numel():
         probs = teacher_probs if rows.numel() == count else teacher_probs[rows]
-        # One more than needed, to see whether the last token of the head ties with the first one outside it.
-        values, tokens = probs.topk(min(k + 1, vocab), dim=-1)
-        mass = values.double().cumsum(-1)
-        size = (mass < mu).sum(-1) + 1 if head_rule == "cover" else (mass <= mu).sum(-1).clamp(min=1)
-        found = (size <= k) | (k >= vocab)  # with the whole vocabulary seen, rounding may still leave it short of mu
-        size.clamp_(max=values.shape[-1])
-        # A token without mass adds nothing to a cover, so it never belongs to the head.
-        size = torch.minimum(size, (values > 0).sum(-1).clamp(min=1))
-        in_head = torch.arange(values.shape[-1], device=values.device) < size[:, None]
-        last = values.gather(-1, size[:, None] - 1)
-        following = values.gather(-1, size[:, None].clamp(max=values.shape[-1] - 1))
-        tied = found & (last == following).squeeze(-1) & (size < values.shape[-1])
-        plain = found & ~tied
+        values, tokens = _largest(probs, min(k, vocab))
+        mass = values.double()
+        until = mass.cumsum(-1)
+        if head_rule == "cover":
+            in_head = until - mass < mu
+        else:
+            in_head = until.clamp_(max=1.0) <= mu  # rounding may carry it beyond
+            in_head[:, 0] = True
+        in_head &= values > 0  # a token without mass never belongs to the head
+        # The last of them, where it is not in the head, shows whether the head's last token ties with one outside.
+        tied = ((in_head[:, :-1] ^ in_head[:, 1:]) & (values[:, :-1] == values[:, 1:])).any(-1)
+        beyond = in_head[:, -1] & (k < vocab)
+        plain = ~(tied | beyond)
         if plain.all():
-            yield rows, tokens, in_head
+            yield rows, tokens[:, 0], tokens, in_head
             return
-        yield rows[plain], tokens[plain], in_head[plain]
+        yield rows[plain], tokens[plain, 0], tokens[plain], in_head[plain]
         if tied.any():
             # top-k breaks ties as it likes; the head takes the lowest indices among equals.
-            members = _break_ties(probs[tied], last[tied], size[tied])
+            last = values[tied].masked_fill(~in_head[tied], torch.inf).amin(-1, keepdim=True)
+            members = _break_ties(probs[tied], last, in_head[tied].sum(-1, keepdim=True))
             every = torch.arange(vocab, device=tokens.device).expand(members.shape)
-            yield rows[tied], every, members
-        rows = rows[~found]
-        k = min(k * _WIDEN_BY, vocab)
+            yield rows[tied], tokens[tied, 0], every, members
+        rows = rows[beyond]
+        k *= _WIDEN_BY
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``values.topk(k)``, which looks into those groups of columns alone whose maxima are among the k largest."""
+    rows, columns = values.shape
+    groups = columns // _GROUP
+    if k * 4 > groups:
+        return values.topk(k, dim=-1)
+    # A group is every groups-th column: their maximum is then one vectorised pass over whole rows.
+    maxima = values[:, : groups * _GROUP].view(rows, _GROUP, groups).amax(1)
+    members = (
+        maxima.topk(k, sorted=False).indices[:, None] + groups * torch.arange(_GROUP, device=values.device)[:, None]
+    )
+    left_over = torch.arange(groups * _GROUP, columns, device=values.device).expand(rows, -1)
+    candidates = torch.cat([members.flatten(1), left_over], dim=-1)
+    largest, places = values.gather(-1, candidates).topk(k, dim=-1)
+    return largest, candidates.gather(-1, places)
 
 
 def _break_ties(probs: Tensor, last: Tensor, size: Tensor) -> Tensor:
     above, equal = probs > last, probs == last
-    missing = size[:, None] - above.sum(-1, keepdim=True)
+    missing = size - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= missing))
 
 
@@ -145,7 +167,7 @@ def head_mask(teacher_probs: Tensor, mu: float = 0.5, head_rule: HeadRule = "cov
     """
     flat = teacher_probs.reshape(-1, teacher_probs.shape[-1])
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    for rows, tokens, in_head in _head_levels(flat, mu, head_rule):
+    for rows, _, tokens, in_head in _head_levels(flat, mu, head_rule):
         mask[rows] = mask.new_zeros(rows.numel(), flat.shape[-1]).scatter_(-1, tokens, in_head)
     return mask.reshape(teacher_probs.shape)
 
@@ -173,12 +195,19 @@ def head_tail_gap(
     shape = teacher_probs.shape[:-1]
     p = teacher_probs.detach().reshape(-1, teacher_probs.shape[-1])
     gap = (p - student_probs.detach().reshape(p.shape)).abs_()
+    head, tail, _ = _head_tail(gap, p, mu, head_rule)
+    return head.reshape(shape), tail.reshape(shape)
+
+
+def _head_tail(gap: Tensor, teacher_probs: Tensor, mu: float, head_rule: HeadRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaps ``[tokens, vocab]`` summed over head and tail (what the head leaves of the total), and the top tokens."""
     total = gap.sum(-1)
-    head = torch.empty_like(total)
-    for rows, tokens, in_head in _head_levels(p, mu, head_rule):
+    head, top = torch.empty_like(total), torch.empty(len(gap), dtype=torch.long, device=gap.device)
+    for rows, first, tokens, in_head in _head_levels(teacher_probs, mu, head_rule):
         picked = gap.gather(-1, tokens) if rows.numel() == len(gap) else gap[rows[:, None], tokens]
         head[rows] = (picked * in_head).sum(-1)
-    return head.reshape(shape), (total - head).clamp_(min=0).reshape(shape)
+        top[rows] = first
+    return head, (total - head).clamp_(min=0), top
 
 
 def head_weight(head_gap: Tensor, tail_gap: Tensor) -> Tensor:
@@ -197,6 +226,111 @@ def head_weight(head_gap: Tensor, tail_gap: Tensor) -> Tensor:
     """
     total = head_gap + tail_gap
     return torch.where(total > 0, head_gap / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
+
+
+def adaptive_weights(head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights AKL gives to FKL and to RKL, each ``[...]``: both 0 where the distributions are equal.
+
+    Args:
+        head_gap: ``[...]``.
+        tail_gap: ``[...]``.
+
+    >>> adaptive_weights(torch.tensor([0.3, 0.0]), torch.tensor([0.1, 0.0]))
+    (tensor([0.7500, 0.0000]), tensor([0.2500, 0.0000]))
+    """
+    weight = head_weight(head_gap, tail_gap)
+    differs = head_gap + tail_gap > 0
+    return weight * differs, (1 - weight) * differs
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Student and teacher side by side, without gradients
+
+
+class Comparison(NamedTuple):
+    """What student and teacher look like beside each other at some tokens; see :func:`compare`."""
+
+    student: Tensor
+    """Log-probabilities ``[tokens, vocab]``."""
+
+    teacher: Tensor
+    """Log-probabilities ``[tokens, vocab]``."""
+
+    student_probs: Tensor
+    """``[tokens, vocab]``."""
+
+    teacher_probs: Tensor
+    """``[tokens, vocab]``."""
+
+    log_ratio: Tensor
+    """``teacher - student``, ``[tokens, vocab]``."""
+
+    fkl: Tensor
+    """Forward KL, ``[tokens]``."""
+
+    rkl: Tensor
+    """Reverse KL, ``[tokens]``."""
+
+    head_gap: Tensor
+    """``[tokens]``."""
+
+    tail_gap: Tensor
+    """``[tokens]``."""
+
+    top1_agreement: Tensor
+    """1 where the teacher's most likely token is the student's, too (of equals, one of them), else 0; ``[tokens]``."""
+
+    irregular: Tensor
+    """Indices of the tokens that have a masked logit, where the closed-form gradients do not hold."""
+
+    def rows(self, index: Tensor) -> "Comparison":
+        """The comparison at some of its tokens."""
+        everywhere = torch.arange(len(index), device=index.device)
+        return Comparison._make([*(part[index] for part in self[:-1]), everywhere])
+
+
+def compare(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mu: float = 0.5,
+    head_rule: HeadRule = "cover",
+    scratch: Tensor | None = None,
+) -> Comparison:
+    """Compare distributions in as few passes over the vocabulary as can be; no gradient is recorded.
+
+    Args:
+        student_logits: ``[tokens, vocab]``, at least float32, softened where wanted; overwritten.
+        teacher_logits: ``[tokens, vocab]``, likewise, of the same dtype; overwritten.
+        mu: teacher mass of the head, in (0, 1].
+        head_rule: ``cover`` or ``within``, see :func:`head_mask`.
+        scratch: memory for the result, ``[4, tokens, vocab]``: fresh memory for every few tokens costs more than the
+            comparison itself.
+    """
+    with torch.no_grad():
+        p, q, log_ratio, product = (
+            torch.empty((4, *student_logits.shape)).to(student_logits) if scratch is None else scratch
+        )
+        student, teacher = _to_log_probs_(student_logits, q), _to_log_probs_(teacher_logits, p)
+        torch.sub(teacher, student, out=log_ratio)
+        fkl = torch.mul(p, log_ratio, out=product).sum(-1)
+        rkl = torch.mul(q, log_ratio, out=product).sum(-1).neg_()
+        irregular = fkl.new_empty(0, dtype=torch.long)
+        if not (fkl + rkl).sum().isfinite():
+            irregular = (~(fkl + rkl).isfinite()).nonzero().squeeze(-1)
+            fkl[irregular] = forward_kl_from_log_probs(student[irregular], teacher[irregular])
+            rkl[irregular] = reverse_kl_from_log_probs(student[irregular], teacher[irregular])
+        head_gap, tail_gap, top = _head_tail(torch.sub(p, q, out=product).abs_(), p, mu, head_rule)
+        agreement = (q.gather(-1, top[:, None]) == q.amax(-1, keepdim=True)).squeeze(-1).to(q.dtype)
+    return Comparison(student, teacher, q, p, log_ratio, fkl, rkl, head_gap, tail_gap, agreement, irregular)
+
+
+def _to_log_probs_(logits: Tensor, probs: Tensor) -> Tensor:
+    """Fill ``probs`` and turn logits into log-probabilities, with one exponential for both.
+
+    The largest probability is ``exp(largest logit) / sum``, so it tells the sum.
+    """
+    torch.softmax(logits, dim=-1, out=probs)
+    return logits.sub_(logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -229,7 +363,8 @@ def _kl_of_varying(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def weighted(weight: Tensor | float, value: Tensor) -> Tensor:
     """``weight * value``, where a zero weight times anything, infinity too, is 0, in the gradient as well."""
-    weight = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+    if not isinstance(weight, Tensor):
+        return weight * value if weight else torch.zeros_like(value)
     return torch.where(weight == 0, 0.0, weight * value.masked_fill(weight == 0, 0.0))
 
 
@@ -237,11 +372,9 @@ def adaptive_kl_from_log_probs(
     student: Tensor, teacher: Tensor, mu: float = 0.5, head_rule: HeadRule = "cover"
 ) -> Tensor:
     """:func:`adaptive_kl` of log-probabilities."""
-    head_gap, tail_gap = head_tail_gap(student.exp(), teacher.exp(), mu, head_rule)
-    weight = head_weight(head_gap, tail_gap)
-    differs = head_gap + tail_gap > 0
-    forward = weighted(weight * differs, forward_kl_from_log_probs(student, teacher))
-    return forward + weighted((1 - weight) * differs, reverse_kl_from_log_probs(student, teacher))
+    forward, reverse = adaptive_weights(*head_tail_gap(student.exp(), teacher.exp(), mu, head_rule))
+    fkl, rkl = forward_kl_from_log_probs(student, teacher), reverse_kl_from_log_probs(student, teacher)
+    return weighted(forward, fkl) + weighted(reverse, rkl)
 
 
 def _log_mix(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:

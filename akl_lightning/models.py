@@ -5,13 +5,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from akl_lightning.chunked import Logits, Projection
 from akl_lightning.errors import UsageError
 
 Batch = Mapping[str, Any]
 Result = TypeVar("Result")
+
+_LOOKED_AT = 16
+"""Tokens on which the split of a model is checked."""
 
 
 def load_causal_lm(source: nn.Module | Mapping[str, Any] | str) -> nn.Module:
@@ -92,12 +97,14 @@ def check_same_vocabulary(
 class SplitModel(nn.Module):
     """A language model as body and head.
 
-    A ``transformers`` causal language model is split: its body runs without the head, and only the positions asked
-    for are projected onto the vocabulary. Any other module is called with the whole batch and must give logits
-    ``[batch, length, vocab]``, alone or as ``.logits``.
+    A ``transformers`` causal language model is split: its body runs without the head, and the criterion projects only
+    the positions it needs, a chunk at a time. Whether head and hidden states give the model's own logits is looked at
+    once, at the first batch; where they do not, and for any other module, the model's own logits are taken, all of
+    them. Such a module is called with the whole batch and gives logits ``[batch, length, vocab]``, alone or as
+    ``.logits``.
 
     Args:
-        model: the language model.
+        model: the language model; one that PEFT has wrapped, too.
     """
 
     model: Any
@@ -105,11 +112,19 @@ class SplitModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._splits: bool | None = None
+        """Whether head and hidden states give the model's logits; None before it was looked at."""
 
     @property
-    def is_split(self) -> bool:
-        """Whether body and head are known."""
-        return isinstance(self.model, PreTrainedModel) and self.model.get_output_embeddings() is not None
+    def causal_lm(self) -> PreTrainedModel | None:
+        """The ``transformers`` model, without what PEFT has wrapped around it, or None."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return model if isinstance(model, PreTrainedModel) else None
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The layer that projects hidden states onto the vocabulary, or None where it is not known."""
+        return None if self.causal_lm is None else self.causal_lm.get_output_embeddings()
 
     @property
     def config(self) -> Any:
@@ -124,9 +139,8 @@ class SplitModel(nn.Module):
     @property
     def vocab_size(self) -> int | None:
         """Width of the head, padding included, or None where the model does not say."""
-        if self.is_split:
-            return self.model.get_output_embeddings().weight.shape[0]
-        return getattr(self.config, "vocab_size", None)
+        weight = getattr(self.head, "weight", None)
+        return getattr(self.config, "vocab_size", None) if weight is None else weight.shape[0]
 
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         """Raise :class:`UsageError` unless the model has a position and an output for all that the data may hold.
@@ -148,42 +162,72 @@ class SplitModel(nn.Module):
                 f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
             )
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """Run the body: ``[batch, length, hidden]``."""
-        body = self.model.base_model
-        return body(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's own logits, ``[batch, length, vocab]``."""
+        if self.causal_lm is None:
+            output = self.model(batch)
+            return getattr(output, "logits", output)
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """Run the head, with the scaling and soft-capping that its config asks for: ``[..., vocab]``."""
-        logits = self.model.get_output_embeddings()(hidden)
-        config = self.config
+    def projection(self, batch: Batch, positions: Tensor) -> Projection:
+        """The logits at ``positions``, boolean ``[batch, length]``, as hidden states and head."""
+        assert self.causal_lm is not None and self.head is not None
+        config = self.causal_lm.config
+        output = self.causal_lm.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        hidden = output[0][positions]
         if getattr(config, "logit_scale", None) is not None:  # Cohere
-            logits = logits * config.logit_scale
+            hidden = hidden * config.logit_scale
         if getattr(config, "logits_scaling", None) is not None:  # Granite
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None) is not None:  # Gemma 2
-            logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
-        return logits
+            hidden = hidden / config.logits_scaling
+        return Projection(hidden, self.head, getattr(config, "final_logit_softcapping", None))  # Gemma 2
 
     def forward(
-        self, batch: Batch, positions: Tensor | None = None, consume: Callable[[Tensor], Result] | None = None
-    ) -> Tensor | Result:
+        self, batch: Batch, positions: Tensor | None = None, consume: Callable[[Logits], Result] | None = None
+    ) -> Logits | Result:
         """Logits, or whatever is made of them.
 
         Args:
             batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
-            positions: boolean ``[batch, length]``; only these are projected.
+            positions: boolean ``[batch, length]``; only these are asked for.
             consume: called with the logits *inside* this forward, where the hooks of DDP and FSDP have the head's
                 weight at hand; what it returns is returned.
 
         Returns:
-            Logits ``[batch, length, vocab]``, or ``[tokens, vocab]`` with ``positions``, or what ``consume`` made.
+            Logits ``[batch, length, vocab]``; with ``positions`` logits ``[tokens, vocab]`` or the projection that
+            gives them; or what ``consume`` made of it.
         """
-        if self.is_split:
-            hidden = self.hidden_states(batch)
-            logits = self.project(hidden if positions is None else hidden[positions])
+        logits: Logits
+        if positions is None:
+            logits = self.logits(batch)
         else:
-            output = self.model(batch)
-            logits = getattr(output, "logits", output)
-            logits = logits if positions is None else logits[positions]
+            if self._splits is None:
+                self._splits = self.head is not None and self._gives_own_logits(batch)
+            logits = self.projection(batch, positions) if self._splits else self.logits(batch)[positions]
         return logits if consume is None else consume(logits)
+
+    @torch.no_grad()
+    def _gives_own_logits(self, batch: Batch) -> bool:
+        """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
+        tokens = batch["input_ids"][:1][batch["attention_mask"][:1].bool()][None, :_LOOKED_AT]
+        row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()  # dropout would make two runs differ
+        try:
+            own = self.logits(row)[0].float()
+            projection = self.projection(row, torch.ones_like(tokens, dtype=torch.bool))
+        finally:
+            for module in training:
+                module.training = True
+        logits = projection.head(projection.hidden).float()
+        if (cap := projection.soft_cap) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 2e-2
+        if (logits - own).norm() > tolerance * own.norm():
+            rank_zero_warn(
+                f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
+                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
+            )
+            return False
+        return True

@@ -136,15 +136,7 @@ class DistillationModule(LightningModule):
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
         positions, labels = self.criterion.response_labels(batch["labels"])
         teacher = None if self.teacher is None else self.teacher(batch, positions)
-
-        def compare(student: Tensor) -> CriterionOutput:
-            if teacher is None:
-                return self.criterion(student, None, labels)
-            # A padded output dimension is cut to the common part.
-            vocab = min(student.shape[-1], teacher.shape[-1])
-            return self.criterion(student[:, :vocab], teacher[:, :vocab], labels)
-
-        return self.student(batch, positions, compare)
+        return self.student(batch, positions, lambda student: self.criterion(student, teacher, labels))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss (a sum over response tokens) and per-token statistics, which callbacks find in ``outputs``."""

@@ -84,7 +84,9 @@ def rouge_l(answers: Sequence[Mapping[str, str]]) -> float:
 
 def comparison_table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """The figures of :data:`COLUMNS`, a row per model."""
-    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True
+    )  # fits 80 columns
     table.add_column("model", no_wrap=True)
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)

@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from akl_lightning.chunked import Logits
 from akl_lightning.models import Batch, SplitModel
 
 
@@ -22,8 +23,8 @@ class LiveTeacher:
         self.model = SplitModel(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, positions: Tensor) -> Tensor:
-        """Logits ``[tokens, vocab]`` at ``positions``, boolean ``[batch, length]``."""
+    def __call__(self, batch: Batch, positions: Tensor) -> Logits:
+        """Logits ``[tokens, vocab]``, or what gives them, at ``positions``, boolean ``[batch, length]``."""
         return self.model.eval()(batch, positions)
 
     def to(self, device: torch.device) -> Self:
