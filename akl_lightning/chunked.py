@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from akl_lightning.errors import UsageError
-
 Compare = Callable[[Tensor, Tensor | None, Tensor, Tensor], dict[str, Tensor]]
 """Called with student logits and teacher logits ``[rows, vocab]`` in at least float32, labels ``[rows]`` and memory to
 use as it likes, ``[4, rows, vocab]``. Returns statistics ``[rows]`` by name, ``loss`` among them, and overwrites the
@@ -61,13 +59,10 @@ def project_and_compare(
         teacher: gets none; may be None.
         labels: ``[tokens]``.
         compare: see :data:`Compare`.
-        chunk_size: tokens of a chunk; None for as many as have logits of 64 MiB.
+        chunk_size: tokens of a chunk, 1 or more; None for as many as have logits of 64 MiB.
 
     Returns:
         The loss, a scalar, summed over tokens and differentiable once; the statistics ``[tokens]`` by name, detached.
-
-    Raises:
-        UsageError: a ``chunk_size`` below 1.
 
     >>> def squares(student, teacher, labels, scratch):
     ...     loss = (student - teacher).square().sum(-1)
@@ -79,8 +74,6 @@ def project_and_compare(
     >>> loss.item(), statistics["loss"].tolist(), student.grad[0].tolist()
     (15.0, [3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0])
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise UsageError(f"chunk_size must be 1 or more, got {chunk_size}: leave it out for one that fits the memory.")
     sides = [_side(student)] + ([] if teacher is None else [_side(teacher)])
     inputs = sides[0].inputs
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]

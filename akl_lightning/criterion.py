@@ -1,10 +1,14 @@
 """What one batch costs: a divergence to the teacher mixed with the cross entropy of the data."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, final
 
 import torch
 from jsonargparse import lazy_instance
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from akl_lightning import functional as F
 from akl_lightning.chunked import Logits, project_and_compare
@@ -48,6 +52,8 @@ class DistillationCriterion(nn.Module):
         ignore_index: label of the positions that are no response positions.
         chunk_size: tokens whose logits exist at a time; None for as many as have logits of 64 MiB. It changes speed and
             memory, not the result.
+        compile_chunks: compile the comparison of a chunk with ``torch.compile``: for GPUs, where it saves passes over
+            memory. Without a compiler it warns once and goes on without.
 
     Raises:
         UsageError: a value out of its range, or a divergence that is none.
@@ -68,17 +74,23 @@ class DistillationCriterion(nn.Module):
         temperature: float = 1.0,
         ignore_index: int = -100,
         chunk_size: int | None = None,
+        compile_chunks: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(divergence, Divergence):
             raise UsageError(f"unknown divergence {divergence!r}: use one of {', '.join(known_divergences())}.")
         F.check_fraction("alpha", alpha)
         F.check_temperature(temperature)
+        if chunk_size is not None and chunk_size < 1:
+            raise UsageError(
+                f"chunk_size must be 1 or more, got {chunk_size}: leave it out for one that fits the memory."
+            )
         self.divergence = divergence
         self.alpha = alpha
         self.temperature = temperature
         self.ignore_index = ignore_index
         self.chunk_size = chunk_size
+        self.compile_chunks = compile_chunks
 
     @property
     def needs_teacher(self) -> bool:
@@ -108,7 +120,16 @@ class DistillationCriterion(nn.Module):
         """
         if teacher is None and self.needs_teacher:
             raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
-        return CriterionOutput(*project_and_compare(student, teacher, labels, self._compare, self.chunk_size))
+        return CriterionOutput(*project_and_compare(student, teacher, labels, self._compare_chunk, self.chunk_size))
+
+    def _compare_chunk(self, *tensors: Tensor | None) -> dict[str, Tensor]:
+        if self.compile_chunks:
+            try:
+                return _compiled_compare()(self, *tensors)
+            except TorchDynamoException as error:
+                self.compile_chunks = False
+                rank_zero_warn(f"compile_chunks is off, torch.compile found no working compiler: {error}")
+        return self._compare(*tensors)  # type: ignore[arg-type]
 
     def _compare(self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Tensor) -> dict[str, Tensor]:
         """Statistics of a few rows; ``student`` is overwritten with the gradient of their summed loss."""
@@ -137,3 +158,9 @@ class DistillationCriterion(nn.Module):
         # The rest of cross entropy's gradient, q - 1 at the label.
         student.scatter_add_(-1, labels[:, None], student.new_full((len(labels), 1), -weight))
         return statistics
+
+
+@cache
+def _compiled_compare() -> Callable[..., dict[str, Tensor]]:
+    # Not kept by the criterion, which has to be copied (SWA, EMA) and pickled.
+    return torch.compile(DistillationCriterion._compare)

@@ -87,15 +87,16 @@ def _head_levels(
     count, vocab = teacher_probs.shape
     rows = torch.arange(count, device=teacher_probs.device)
     k = _FIRST_TOP_K
+    limit = mu if mu < 1 else math.inf  # every token with mass: rounding would end it early, or never
     while rows.numel():
         probs = teacher_probs if rows.numel() == count else teacher_probs[rows]
         values, tokens = _largest(probs, min(k, vocab))
         mass = values.double()
         until = mass.cumsum(-1)
         if head_rule == "cover":
-            in_head = until - mass < mu
+            in_head = until - mass < limit
         else:
-            in_head = until.clamp_(max=1.0) <= mu  # rounding may carry it beyond
+            in_head = until <= limit
             in_head[:, 0] = True
         in_head &= values > 0  # a token without mass never belongs to the head
         # The last of them, where it is not in the head, shows whether the head's last token ties with one outside.

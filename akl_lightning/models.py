@@ -1,7 +1,11 @@
 """Load a causal language model and see it as a body, which gives hidden states, and a head, which projects them."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +27,8 @@ def load_causal_lm(source: nn.Module | Mapping[str, Any] | str) -> nn.Module:
     """Get a causal language model.
 
     Args:
-        source: a hub name or local folder, a ``transformers`` config as a mapping (``model_type`` and sizes; the
-            weights are new), or a module, which is returned as it is.
+        source: a hub name or local folder, the path of a GGUF file, a ``transformers`` config as a mapping
+            (``model_type`` and sizes; the weights are new), or a module, which is returned as it is.
 
     Raises:
         UsageError: the name, folder or config gives no model.
@@ -40,21 +44,28 @@ def load_causal_lm(source: nn.Module | Mapping[str, Any] | str) -> nn.Module:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
         return AutoModelForCausalLM.from_config(config)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(**_location(source), dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(_cannot_load("model", source)) from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or local folder.
+    """Load the tokenizer of a hub name, local folder or GGUF file.
 
     Raises:
         UsageError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(**_location(source))
     except (OSError, ValueError) as error:
         raise UsageError(_cannot_load("tokenizer", source)) from error
+
+
+def _location(source: str) -> dict[str, str]:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": source}
 
 
 def _cannot_load(what: str, source: str) -> str:
@@ -212,22 +223,105 @@ class SplitModel(nn.Module):
         """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
         tokens = batch["input_ids"][:1][batch["attention_mask"][:1].bool()][None, :_LOOKED_AT]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()  # dropout would make two runs differ
-        try:
-            own = self.logits(row)[0].float()
+        with _evaluating(self.model):
+            own = self.logits(row)[0]
             projection = self.projection(row, torch.ones_like(tokens, dtype=torch.bool))
-        finally:
-            for module in training:
-                module.training = True
-        logits = projection.head(projection.hidden).float()
+            logits = projection.head(projection.hidden)
         if (cap := projection.soft_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
-        tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 2e-2
-        if (logits - own).norm() > tolerance * own.norm():
+        if _differ(own, logits):
             rank_zero_warn(
                 f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
                 "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
             )
             return False
         return True
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which would make two runs differ; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether logits differ by more than rounding; NaN is for the loss to report."""
+    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((one.double() - other.double()).norm() > tolerance * one.double().norm())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A student made of a teacher's layers
+
+
+def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A new model made of some decoder layers of another, and of its embeddings, norms and head.
+
+    The result is checked: on a few tokens its logits are those of the model with the other layers skipped.
+
+    Args:
+        model: a ``transformers`` decoder; it stays as it is.
+        keep: which of its layers, by number, in ascending order: ``range(0, 30, 2)`` for every second one of 30.
+
+    Raises:
+        UsageError: no such layer, or a model whose layers cannot be told or do not come apart.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> teacher = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=4, n_embd=8, n_head=2))
+    >>> prune_layers(teacher, range(0, 4, 2)).config.n_layer
+    2
+    """
+    count, keep = getattr(model.config, "num_hidden_layers", 0), list(keep)
+    if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < count:
+        raise UsageError(f"keep must name some of the layers 0 to {count - 1} in ascending order, got {keep}.")
+    named = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    lists = [(name, part) for name, part in named if len(part) == count]
+    if not lists:
+        raise UsageError(
+            f"{type(model).__name__} has no list of its {count} decoder layers: build the student by hand."
+        )
+    prefix, layers = lists[0]
+
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(keep)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == count:  # what a config says of each layer
+            setattr(config, name, [value[index] for index in keep])
+    pruned = type(model)(config)
+    nn.Module.to(pruned, model.device, model.dtype)
+    places = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(keep)}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        number = re.match(rf"{re.escape(prefix)}\.\d+\.", name)
+        if number is None:
+            weights[name] = weight
+        elif number[0] in places:
+            weights[places[number[0]] + name[number.end() :]] = weight
+    pruned.load_state_dict(weights)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+
+    def skip(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    dropped = [layer for index, layer in enumerate(layers) if index not in keep]
+    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in dropped]
+    tokens = torch.arange(_LOOKED_AT, device=model.device)[None] % model.config.vocab_size
+    try:
+        with torch.no_grad(), _evaluating(model), _evaluating(pruned):
+            expected, ours = (one(input_ids=tokens, use_cache=False).logits for one in (model, pruned))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if _differ(expected, ours):
+        raise UsageError(
+            f"{type(model).__name__} with layers {keep} does not give what it gives with the others skipped: "
+            "its layers depend on their numbers; build the student by hand."
+        )
+    return pruned.train(model.training)

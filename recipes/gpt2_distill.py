@@ -184,7 +184,7 @@ def prepare_teacher(
     data: Any,
     model: dict[str, Any],
     vocab_size: int = 2048,
-    max_epochs: int = 4,
+    max_epochs: int = 3,
     batch_size: int = 8,
     learning_rate: float = 1.5e-3,
     seed: int = 0,
@@ -240,7 +240,7 @@ def prepare_teacher(
             module = DistillationModule(
                 model | {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end},
                 criterion=DistillationCriterion(alpha=0.0),
-                optimizer=lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.1),
+                optimizer=lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.1, fused=True),
                 lr_scheduler="cosine",
                 warmup_steps=200,
             )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -439,3 +440,34 @@ def test_exported_weights_are_the_students(tmp_path: Path) -> None:
     module_.student.model.save_pretrained(tmp_path / "student")
     batch = stack(samples())
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "student")(**batch).logits, module_(batch))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def fitted(**settings: Any) -> DistillationModule:
+    module_ = module(optimizer=lambda parameters: torch.optim.SGD(parameters, 0.05))
+    batches = [stack(samples()[:4]), stack(samples()[4:])]
+    Trainer(**QUIET, max_epochs=2, accumulate_grad_batches=2, **settings).fit(module_, loader(batches))
+    return module_
+
+
+def float16() -> MixedPrecision:
+    # On a CPU the Trainer's flag silently means bfloat16. The default scale of 65536 would be halved, step by skipped
+    # step, until the summed loss no longer overflows.
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+
+
+@pytest.mark.parametrize(
+    "precision", ["bf16-mixed", "bf16-true", float16()], ids=["bf16-mixed", "bf16-true", "16-mixed"]
+)
+def test_precisions_of_the_trainer(precision: Any) -> None:
+    settings = {"precision": precision} if isinstance(precision, str) else {"plugins": [precision]}
+    start, expected = parameters(module().student), parameters(fitted().student)
+    ours = fitted(**settings)
+    assert next(ours.student.parameters()).dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    update = parameters(ours.student) - (start.bfloat16().double() if precision == "bf16-true" else start)
+    # Weights in bfloat16 round away most of a small step; the bound of the others is that of their products.
+    bound = 0.5 if precision == "bf16-true" else 0.03
+    assert (update - (expected - start)).norm() <= bound * (expected - start).norm()

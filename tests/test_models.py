@@ -1,0 +1,174 @@
+"""Body and head of the common decoder families, at sizes that build in milliseconds."""
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
+
+from akl_lightning.chunked import Projection
+from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.errors import UsageError
+from akl_lightning.models import SplitModel, prune_layers
+from tests.conftest import gpt2
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 4, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},  # a head with a bias
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "smollm3": {},
+    "olmo2": {},
+}
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def build(family: str) -> PreTrainedModel:
+    torch.manual_seed(2)
+    sizes = {} if family == "gpt2" else SIZES
+    shared = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**shared, **sizes, **FAMILIES[family]}))
+    with torch.no_grad():  # as new, logits are so small that scales and caps hardly show
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, 60, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def loss_and_gradients(model: SplitModel, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    criterion = DistillationCriterion(alpha=0.0, chunk_size=7)
+    positions, labels = criterion.response_labels(rows["labels"])
+    model.zero_grad()
+    loss = model(rows, positions, lambda student: criterion(student, None, labels)).loss
+    loss.backward()
+    return loss, {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_body_and_head_are_the_model(family: str) -> None:
+    model = build(family).train()
+    split = SplitModel(model)
+    rows = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a family that falls back says so
+        loss, gradients = loss_and_gradients(split, rows)
+    positions = rows["labels"][:, 1:] != -100
+    own = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    expected = nn.functional.cross_entropy(own[positions], rows["labels"][:, 1:][positions], reduction="sum")
+    model.zero_grad()
+    expected.backward()
+    assert isinstance(split(rows, positions=torch.ones_like(rows["labels"], dtype=torch.bool)), Projection)
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    for name, parameter in split.named_parameters():
+        assert (gradients[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-6, name
+    assert model.training and all(module.training for module in model.modules())
+
+
+class Odd(GPT2LMHeadModel):
+    """Does something to its logits that its config does not tell."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+
+def test_a_model_that_does_not_come_apart_is_named_and_taken_whole() -> None:
+    model = Odd(gpt2().config)
+    rows = batch()
+    split = SplitModel(model)
+    with pytest.warns(UserWarning, match=r"Odd: its output layer on its hidden states does not give its logits"):
+        loss, gradients = loss_and_gradients(split, rows)
+    positions = rows["labels"][:, 1:] != -100
+    own = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    expected = nn.functional.cross_entropy(own[positions], rows["labels"][:, 1:][positions], reduction="sum")
+    assert torch.allclose(loss, expected)
+    assert gradients["model.transformer.wte.weight"].abs().sum() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_and_gradients(split, rows)  # it says so once
+
+
+def test_an_adapter_on_the_head() -> None:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "c_attn"], init_lora_weights=False, lora_dropout=0.0)
+    wrapped = peft.get_peft_model(gpt2(), config)
+    rows = batch()
+    split = SplitModel(wrapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, gradients = loss_and_gradients(split, rows)
+    positions = rows["labels"][:, 1:] != -100
+    own = wrapped(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    expected = nn.functional.cross_entropy(own[positions], rows["labels"][:, 1:][positions], reduction="sum")
+    split.zero_grad()
+    expected.backward()
+    assert torch.allclose(loss, expected)
+    trainable = {name: p for name, p in split.named_parameters() if p.requires_grad}
+    assert set(gradients) == set(trainable) and all("lora" in name for name in gradients)
+    assert any("lm_head" in name for name in gradients)
+    for name, parameter in trainable.items():
+        assert (gradients[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_layers(family: str) -> None:
+    model = build(family)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    student = prune_layers(model, [0, 2, 3])
+    assert student.config.num_hidden_layers == 3
+    assert type(student) is type(model)
+    rows = batch()
+    hidden = model(input_ids=rows["input_ids"][:1], output_hidden_states=True).hidden_states
+    ours = student(input_ids=rows["input_ids"][:1], output_hidden_states=True).hidden_states
+    assert torch.allclose(ours[1], hidden[1], atol=1e-5), "the first layer is the first layer"
+    assert not torch.allclose(ours[2], hidden[2], atol=1e-2), "the second is gone"
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in before.items())
+    again = AutoModelForCausalLM.from_config(student.config)
+    again.load_state_dict(student.state_dict())
+
+
+@pytest.mark.parametrize("keep", [[], [0, 4], [1, 0], [-1], [0, 0]])
+def test_layers_that_are_not_there(keep: list[int]) -> None:
+    with pytest.raises(UsageError, match=r"some of the layers 0 to 3 in ascending order"):
+        prune_layers(build("gpt2"), keep)
+
+
+def test_layers_that_depend_on_their_number_are_noticed() -> None:
+    class Numbered(GPT2LMHeadModel):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for index, block in enumerate(self.transformer.h):
+                block.register_forward_hook(lambda module, args, output, scale=1 + index: scale * output)
+
+    with pytest.raises(UsageError, match="its layers depend on their numbers"):
+        prune_layers(Numbered(build("gpt2").config), [0, 2])
