@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 
-Compare = Callable[[Tensor, Tensor | None, Tensor, Tensor], dict[str, Tensor]]
-"""Called with student logits and teacher logits ``[rows, vocab]`` in at least float32, labels ``[rows]`` and memory to
-use as it likes, ``[4, rows, vocab]``. Returns statistics ``[rows]`` by name, ``loss`` among them, and overwrites the
-student's logits with the gradient of the summed loss; the teacher's may be overwritten as well."""
+from akl_lightning.errors import UsageError
+
+ChunkLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor, bool], dict[str, Tensor]]
+"""Called with student logits and teacher logits ``[rows, vocab]`` in at least float32, labels ``[rows]``, memory to use
+as it likes ``[4, rows, vocab]``, and whether a gradient is wanted. Returns statistics ``[rows]`` by name, ``loss``
+among them, and overwrites the student's logits with the gradient of the summed loss; it may overwrite the teacher's."""
 
 _LOGITS_BYTES = 2**26
 """Memory of the logits of one chunk, on each side; the products gain little from larger ones."""
@@ -48,7 +52,7 @@ Logits = Tensor | Projection
 
 
 def project_and_compare(
-    student: Logits, teacher: Logits | None, labels: Tensor, compare: Compare, chunk_size: int | None = None
+    student: Logits, teacher: Logits | None, labels: Tensor, chunk_loss: ChunkLoss, chunk_size: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compare student and teacher at every token without ever holding all logits.
 
@@ -58,13 +62,16 @@ def project_and_compare(
         student: gets gradients: its hidden states and the parameters of its head, or its logits.
         teacher: gets none; may be None.
         labels: ``[tokens]``.
-        compare: see :data:`Compare`.
+        chunk_loss: see :data:`ChunkLoss`.
         chunk_size: tokens of a chunk, 1 or more; None for as many as have logits of 64 MiB.
 
     Returns:
         The loss, a scalar, summed over tokens and differentiable once; the statistics ``[tokens]`` by name, detached.
 
-    >>> def squares(student, teacher, labels, scratch):
+    Raises:
+        UsageError: a head that FSDP shards as a unit of its own.
+
+    >>> def squares(student, teacher, labels, scratch, with_gradient):
     ...     loss = (student - teacher).square().sum(-1)
     ...     student.sub_(teacher).mul_(2)  # the gradient
     ...     return {"loss": loss}
@@ -74,50 +81,46 @@ def project_and_compare(
     >>> loss.item(), statistics["loss"].tolist(), student.grad[0].tolist()
     (15.0, [3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0])
     """
-    sides = [_side(student)] + ([] if teacher is None else [_side(teacher)])
-    inputs = sides[0].inputs
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
+    side = _side(student, [torch.is_grad_enabled() and tensor.requires_grad for tensor in _inputs(student)])
+    other = None if teacher is None else _side(teacher, [False] * len(_inputs(teacher)))
     names: list[str] = []
 
     def walk() -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         with torch.autocast(labels.device.type, enabled=False):
-            statistics, gradients = _walk(sides, labels, compare, chunk_size, wanted)
+            statistics = _walk(side, other, labels, chunk_loss, chunk_size)
         names.extend(statistics)
-        return statistics["loss"].sum(), list(statistics.values()), gradients
+        return statistics["loss"].sum(), list(statistics.values()), side.gradients
 
-    loss, *values = _GradientInForward.apply(walk, *inputs)
+    loss, *values = _GradientInForward.apply(walk, *side.inputs)
     return loss, dict(zip(names, values, strict=True))
 
 
 def _walk(
-    sides: list["_Side"], labels: Tensor, compare: Compare, chunk_size: int | None, wanted: list[bool]
-) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-    tokens, width = len(labels), min(side.width for side in sides)
-    chunk_size = chunk_size or max(1, _LOGITS_BYTES // (4 * max(1, width)))
-    for side in sides:
-        side.prepare(min(chunk_size, tokens), width, wanted if side is sides[0] else [])
-    dtype = _at_least_float32(sides[0].dtype)
-    rows = min(chunk_size, tokens)
+    student: "_Side", teacher: "_Side | None", labels: Tensor, chunk_loss: ChunkLoss, chunk_size: int | None
+) -> dict[str, Tensor]:
+    tokens, width = len(labels), min(side.width for side in (student, teacher) if side is not None)
+    chunk_size = min(chunk_size or max(1, _LOGITS_BYTES // (4 * width)), max(1, tokens))
+    rows = chunk_size
     if labels.device.type == "cpu":
-        rows = min(rows, max(1, _CACHE_BYTES // (width * dtype.itemsize)))
+        rows = min(rows, max(1, _CACHE_BYTES // (4 * width)))
+    dtype = _at_least_float32(student.inputs[0].dtype)
+    for side in (student, teacher):
+        if side is not None:
+            side.prepare(torch.empty((chunk_size, width), dtype=dtype, device=labels.device))
     scratch = torch.empty((4, rows, width), dtype=dtype, device=labels.device)
     parts = []
     for start in range(0, max(1, tokens), chunk_size):  # no tokens are one empty chunk: the statistics need names
         chunk = slice(start, min(start + chunk_size, tokens))
-        logits = [side.project(chunk) for side in sides]
-        for block in range(0, max(1, len(logits[0])), max(1, rows)):
-            student, *teacher = (side[block : block + rows] for side in logits)
-            parts.append(
-                compare(
-                    student,
-                    teacher[0] if teacher else None,
-                    labels[chunk][block : block + rows],
-                    scratch[:, : len(student)],
-                )
-            )
-        if any(wanted):
-            sides[0].fold(chunk, logits[0])
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, sides[0].gradients
+        logits, target = student.project(chunk), labels[chunk]
+        teacher_logits = None if teacher is None else teacher.project(chunk)
+        for block in range(0, max(1, len(logits)), rows):
+            piece = slice(block, min(block + rows, len(logits)))
+            beside = None if teacher_logits is None else teacher_logits[piece]
+            memory = scratch[:, : len(target[piece])]
+            parts.append(chunk_loss(logits[piece], beside, target[piece], memory, student.wanted))
+        if student.wanted:
+            student.fold(chunk, logits)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -130,6 +133,7 @@ class _GradientInForward(torch.autograd.Function):
         return loss, *statistics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # In place, which autograd notices: a second backward pass is its usual error, never a wrong gradient. A loss
         # scale (16-mixed) comes in here, before gradients are cut to the precision of the inputs.
@@ -144,38 +148,75 @@ class _GradientInForward(torch.autograd.Function):
 # One side: ready-made logits, a linear head, or any other head
 
 
-def _side(logits: Logits) -> "_Side":
+def _inputs(logits: Logits) -> tuple[Tensor, ...]:
+    """What may get a gradient."""
     if isinstance(logits, Tensor):
-        return _Dense(logits)
-    head = logits.head
-    if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
-        return _Linear(logits.hidden, head.weight, head.bias, logits.soft_cap)
-    return _Module(logits)
+        return (logits,)
+    # Frozen ones are left out where autograd does the work.
+    parameters = [p for p in logits.head.parameters() if p.requires_grad or _is_plain(logits.head)]
+    return (logits.hidden, *parameters)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _side(logits: Logits, wanted: list[bool]) -> "_Side":
+    if isinstance(logits, Tensor):
+        return _Dense(_inputs(logits), wanted, logits.shape[-1])
+    if any(isinstance(module, FSDPModule) for module in logits.head.modules()):
+        raise UsageError(
+            "the output layer is an FSDP unit of its own, whose weight would be gathered chunk by chunk: shard it "
+            "together with the root module instead."
+        )
+    kind = _Linear if _is_plain(logits.head) else _Module
+    return kind(_inputs(logits), wanted, _width(logits), logits)
+
+
+def _width(projection: Projection) -> int:
+    weight = getattr(projection.head, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.shape[0]
+    with torch.no_grad():
+        return projection.head(projection.hidden[:1]).shape[-1]
 
 
 class _Side(ABC):
     """Gives logits chunk by chunk and takes back their gradients.
 
-    ``inputs`` are the tensors that may get a gradient, ``gradients`` those in the same order, in at least float32.
+    Args:
+        inputs: what may get a gradient.
+        wanted: whether it does.
+        width: outputs, padding included.
+        projection: where the logits come from, unless they are the inputs.
     """
 
-    inputs: tuple[Tensor, ...]
-    dtype: torch.dtype
-    width: int
-    gradients: list[Tensor | None]
-
-    def prepare(self, rows: int, width: int, wanted: list[bool]) -> None:
-        """Get ready for chunks of at most ``rows`` tokens and logits cut to ``width``."""
-        self.cut = width
-        wanted = wanted or [False] * len(self.inputs)
-        self.gradients = [
+    def __init__(
+        self, inputs: tuple[Tensor, ...], wanted: list[bool], width: int, projection: Projection | None = None
+    ) -> None:
+        self.inputs = inputs
+        self.width = width
+        self.wanted = any(wanted)
+        self.gradients: list[Tensor | None] = [
             torch.zeros_like(tensor, dtype=_at_least_float32(tensor.dtype)) if want else None
-            for tensor, want in zip(self.inputs, wanted, strict=True)
+            for tensor, want in zip(inputs, wanted, strict=True)
         ]
+        if projection is not None:
+            self.head, self.soft_cap = projection.head, projection.soft_cap
+            device = projection.hidden.device.type
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            # As it is outside, where the head would be called; the walk is without.
+            self.autocast = partial(torch.autocast, device, dtype, enabled)
+            self.dtype = dtype if enabled else next(self.head.parameters(), projection.hidden).dtype
+
+    def prepare(self, buffer: Tensor) -> None:
+        """Take the memory for the logits of one chunk, cut to the common width."""
+        self.buffer = buffer
+        self.cut = buffer.shape[1]
 
     @abstractmethod
     def project(self, chunk: slice) -> Tensor:
-        """Logits ``[rows, cut]`` in at least float32, the caller's to overwrite."""
+        """Logits ``[rows, cut]`` in the buffer."""
 
     @abstractmethod
     def fold(self, chunk: slice, gradient: Tensor) -> None:
@@ -183,14 +224,9 @@ class _Side(ABC):
 
 
 class _Dense(_Side):
-    def __init__(self, logits: Tensor) -> None:
-        self.inputs = (logits,)
-        self.dtype = logits.dtype
-        self.width = logits.shape[-1]
-
     def project(self, chunk: slice) -> Tensor:
         logits = self.inputs[0].detach()[chunk, : self.cut]
-        return logits.to(_at_least_float32(logits.dtype), copy=True, memory_format=torch.contiguous_format)
+        return self.buffer[: len(logits)].copy_(logits)
 
     def fold(self, chunk: slice, gradient: Tensor) -> None:
         if (total := self.gradients[0]) is not None:
@@ -198,88 +234,79 @@ class _Dense(_Side):
 
 
 class _Linear(_Side):
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, soft_cap: float | None) -> None:
-        self.inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-        self.width = weight.shape[0]
-        self.soft_cap = soft_cap
-        device = hidden.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-    def prepare(self, rows: int, width: int, wanted: list[bool]) -> None:
-        super().prepare(rows, width, wanted)
-        # A view of the first rows, or one copy in the precision of the products; not one a chunk.
-        hidden, weight, *bias = (tensor.detach().to(self.dtype) for tensor in self.inputs)
-        self.hidden, self.weight, self.bias = hidden, weight[:width], bias[0][:width] if bias else None
-        self.logits = self.weight.new_empty(rows, width)
+    def prepare(self, buffer: Tensor) -> None:
+        super().prepare(buffer)
+        # Views, or one copy in the precision of the products; not one a chunk.
+        hidden, weight, *bias = (tensor.detach() for tensor in self.inputs)
+        self.hidden, self.weight = hidden.to(self.dtype), weight[: self.cut].to(self.dtype)
+        self.bias = bias[0][: self.cut].to(self.dtype) if bias else None
 
     def project(self, chunk: slice) -> Tensor:
         hidden = self.hidden[chunk]
-        logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
+        buffer = self.buffer[: len(hidden)]
+        logits = buffer if buffer.dtype == self.dtype else self.weight.new_empty(buffer.shape)
+        torch.mm(hidden, self.weight.T, out=logits)
         if self.bias is not None:
             logits += self.bias
         if self.soft_cap is not None:
-            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-            self.capped = logits.clone()
-        return logits.to(_at_least_float32(self.dtype))
+            logits.div_(self.soft_cap).tanh_()
+            self.tanh = logits.clone() if self.wanted else None
+            logits.mul_(self.soft_cap)
+        return logits if logits is buffer else buffer.copy_(logits)
 
     def fold(self, chunk: slice, gradient: Tensor) -> None:
-        if self.soft_cap is not None:
-            gradient.mul_(1 - (self.capped / self.soft_cap).square_())
+        if self.soft_cap is not None and self.tanh is not None:
+            gradient.addcmul_(gradient, self.tanh.square_(), value=-1)
         of_hidden, of_weight, *of_bias = self.gradients
         if of_bias and of_bias[0] is not None:
             of_bias[0][: self.cut] += gradient.sum(0)
-        low, peak = _lower(gradient, self.dtype)
+        hidden = self.hidden[chunk]
+        low, scale = _lower(gradient, self.dtype, hidden)
         if of_hidden is not None:
-            of_hidden[chunk] = _raise(torch.mm(low, self.weight), peak)
-        if of_weight is None:
-            return
-        if of_weight.dtype == self.dtype:
-            of_weight[: self.cut].addmm_(low.T, self.hidden[chunk])
-        else:
-            of_weight[: self.cut] += _raise(torch.mm(low.T, self.hidden[chunk]), peak)
+            of_hidden[chunk] = _rescale(torch.mm(low, self.weight), scale)
+        if of_weight is not None and of_weight.dtype == self.dtype:
+            of_weight[: self.cut].addmm_(low.T, hidden)
+        elif of_weight is not None:
+            of_weight[: self.cut] += _rescale(torch.mm(low.T, hidden), scale)
 
 
 class _Module(_Side):
-    def __init__(self, projection: Projection) -> None:
-        parameters = [parameter for parameter in projection.head.parameters() if parameter.requires_grad]
-        self.inputs = (projection.hidden, *parameters)
-        self.head, self.soft_cap = projection.head, projection.soft_cap
-        device = projection.hidden.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        # As it was outside, where the head would be called; the walk is without.
-        self.autocast = partial(torch.autocast, device, dtype, enabled)
-        with torch.no_grad():
-            probe = self.head(projection.hidden[:1])
-        self.width, self.dtype = probe.shape[-1], probe.dtype
+    logits: Tensor | None
 
     def project(self, chunk: slice) -> Tensor:
-        recorded = any(gradient is not None for gradient in self.gradients)
-        with torch.set_grad_enabled(recorded), self.autocast():
-            self.hidden = self.inputs[0][chunk].detach().requires_grad_(recorded)
+        with torch.set_grad_enabled(self.wanted), self.autocast():
+            self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wanted)
             self.logits = self.head(self.hidden)[:, : self.cut]
             if self.soft_cap is not None:
                 self.logits = torch.tanh(self.logits / self.soft_cap) * self.soft_cap
-        return self.logits.detach().to(_at_least_float32(self.logits.dtype), copy=True)
+        return self.buffer[: len(self.hidden)].copy_(self.logits.detach())
 
     def fold(self, chunk: slice, gradient: Tensor) -> None:
-        low, peak = _lower(gradient, self.logits.dtype)
+        assert self.logits is not None
+        low, scale = _lower(gradient, self.logits.dtype, self.hidden.detach())
         parts = torch.autograd.grad(self.logits, (self.hidden, *self.inputs[1:]), low, allow_unused=True)
         for index, (part, total) in enumerate(zip(parts, self.gradients, strict=True)):
             if part is not None and total is not None:
-                (total[chunk] if index == 0 else total).add_(_raise(part, peak))
+                (total[chunk] if index == 0 else total).add_(_rescale(part, scale))
+        self.logits = None  # and with it the graph
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _lower(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The gradient in the precision of the products; in float16, where small numbers vanish, its largest is 1."""
-    if dtype != torch.float16:
+def _lower(gradient: Tensor, dtype: torch.dtype, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient in the precision of the products, and what these are to be multiplied with.
+
+    float16 has so small a range that the largest gradient is brought to 1, where small ones do not vanish, or below,
+    where the products with the hidden states do not overflow.
+    """
+    if dtype != torch.float16 or not gradient.numel():
         return gradient.to(dtype), None
     peak = gradient.abs().amax().clamp(min=torch.finfo(gradient.dtype).tiny)
-    return gradient.div_(peak).to(dtype), peak
+    scale = peak * (len(hidden) / 2**15 * hidden.abs().amax().to(peak.dtype)).clamp(min=1)
+    return gradient.div_(scale).to(dtype), scale
 
 
-def _raise(product: Tensor, peak: Tensor | None) -> Tensor:
-    return product if peak is None else product.to(peak.dtype) * peak
+def _rescale(product: Tensor, scale: Tensor | None) -> Tensor:
+    return product if scale is None else product.to(scale.dtype) * scale

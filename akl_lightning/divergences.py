@@ -55,6 +55,10 @@ class Divergence(nn.Module, ABC):
         teacher = F.log_probs(teacher_logits.detach(), temperature)
         return temperature**2 * self.compare(F.log_probs(student_logits, temperature), teacher)
 
+    def value(self, pair: F.Comparison) -> Tensor:
+        """Value ``[tokens]``, where no gradient is wanted."""
+        return self.compare(pair.student, pair.teacher)
+
     def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
         """Value per token and its gradient, here through autograd; what the criterion calls, a few tokens at a time.
 
@@ -86,10 +90,14 @@ class WeightedPerToken(Divergence):
             tail_gap: ``[tokens]``.
         """
 
+    def value(self, pair: F.Comparison) -> Tensor:
+        a, b = self.weights(pair.head_gap, pair.tail_gap)
+        return F.weighted(a, pair.fkl) + F.weighted(b, pair.rkl)
+
     def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
         """As in :class:`Divergence`: FKL's gradient is ``q - p``, RKL's is ``q * (log q - log p - RKL)``."""
+        value = self.value(pair)
         a, b = self.weights(pair.head_gap, pair.tail_gap)
-        value = F.weighted(a, pair.fkl) + F.weighted(b, pair.rkl)
         irregular = super().value_and_gradient(pair.rows(pair.irregular)) if pair.irregular.numel() else None
         # q * (a - b * RKL - b * log_ratio) - a * p, in place: passes over the vocabulary are what a large one costs.
         gradient = pair.log_ratio.mul_(-b[:, None]).add_((a - b * pair.rkl)[:, None]).mul_(pair.student_probs)

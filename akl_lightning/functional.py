@@ -86,17 +86,20 @@ def _head_levels(
     check_head(mu, head_rule)
     count, vocab = teacher_probs.shape
     rows = torch.arange(count, device=teacher_probs.device)
+    if mu == 1:  # every token with mass; adding it up would end early by rounding, or never
+        every = torch.arange(vocab, device=rows.device).expand(teacher_probs.shape)
+        yield rows, teacher_probs.argmax(-1), every, teacher_probs > 0
+        return
     k = _FIRST_TOP_K
-    limit = mu if mu < 1 else math.inf  # every token with mass: rounding would end it early, or never
     while rows.numel():
         probs = teacher_probs if rows.numel() == count else teacher_probs[rows]
         values, tokens = _largest(probs, min(k, vocab))
         mass = values.double()
         until = mass.cumsum(-1)
         if head_rule == "cover":
-            in_head = until - mass < limit
+            in_head = until - mass < mu
         else:
-            in_head = until <= limit
+            in_head = until <= mu
             in_head[:, 0] = True
         in_head &= values > 0  # a token without mass never belongs to the head
         # The last of them, where it is not in the head, shows whether the head's last token ties with one outside.
@@ -293,9 +296,9 @@ class Comparison(NamedTuple):
 def compare(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    mu: float = 0.5,
-    head_rule: HeadRule = "cover",
-    scratch: Tensor | None = None,
+    mu: float,
+    head_rule: HeadRule,
+    scratch: Tensor,
 ) -> Comparison:
     """Compare distributions in as few passes over the vocabulary as can be; no gradient is recorded.
 
@@ -311,7 +314,8 @@ def compare(
         p, q, log_ratio, product = (
             torch.empty((4, *student_logits.shape)).to(student_logits) if scratch is None else scratch
         )
-        student, teacher = _to_log_probs_(student_logits, q), _to_log_probs_(teacher_logits, p)
+        student, largest_q = _to_log_probs_(student_logits, q)
+        teacher, _ = _to_log_probs_(teacher_logits, p)
         torch.sub(teacher, student, out=log_ratio)
         fkl = torch.mul(p, log_ratio, out=product).sum(-1)
         rkl = torch.mul(q, log_ratio, out=product).sum(-1).neg_()
@@ -321,17 +325,19 @@ def compare(
             fkl[irregular] = forward_kl_from_log_probs(student[irregular], teacher[irregular])
             rkl[irregular] = reverse_kl_from_log_probs(student[irregular], teacher[irregular])
         head_gap, tail_gap, top = _head_tail(torch.sub(p, q, out=product).abs_(), p, mu, head_rule)
-        agreement = (q.gather(-1, top[:, None]) == q.amax(-1, keepdim=True)).squeeze(-1).to(q.dtype)
+        agreement = (q.gather(-1, top[:, None]) == largest_q).squeeze(-1).to(q.dtype)
     return Comparison(student, teacher, q, p, log_ratio, fkl, rkl, head_gap, tail_gap, agreement, irregular)
 
 
-def _to_log_probs_(logits: Tensor, probs: Tensor) -> Tensor:
-    """Fill ``probs`` and turn logits into log-probabilities, with one exponential for both.
+def _to_log_probs_(logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill ``probs``, turn logits into log-probabilities, return these and the largest probabilities ``[tokens, 1]``.
 
-    The largest probability is ``exp(largest logit) / sum``, so it tells the sum.
+    One exponential serves both: the largest probability is ``exp(largest logit) / sum``, so it tells the sum.
     """
     torch.softmax(logits, dim=-1, out=probs)
-    return logits.sub_(logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log())
+    largest = probs.amax(-1, keepdim=True)
+    # One after the other: together they would be rounded at the size of the logits, which may all be far from 0.
+    return logits.sub_(logits.amax(-1, keepdim=True)).add_(largest.log()), largest
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -134,8 +134,9 @@ class SplitModel(nn.Module):
 
     @property
     def head(self) -> nn.Module | None:
-        """The layer that projects hidden states onto the vocabulary, or None where it is not known."""
-        return None if self.causal_lm is None else self.causal_lm.get_output_embeddings()
+        """The layer that projects hidden states onto the vocabulary, or None where the body cannot run without it."""
+        model = self.causal_lm
+        return None if model is None or model.base_model is model else model.get_output_embeddings()
 
     @property
     def config(self) -> Any:
@@ -221,7 +222,8 @@ class SplitModel(nn.Module):
     @torch.no_grad()
     def _gives_own_logits(self, batch: Batch) -> bool:
         """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
-        tokens = batch["input_ids"][:1][batch["attention_mask"][:1].bool()][None, :_LOOKED_AT]
+        longest = batch["attention_mask"].sum(-1).argmax()
+        tokens = batch["input_ids"][longest][batch["attention_mask"][longest].bool()][None, :_LOOKED_AT]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with _evaluating(self.model):
             own = self.logits(row)[0]
@@ -229,7 +231,8 @@ class SplitModel(nn.Module):
             logits = projection.head(projection.hidden)
         if (cap := projection.soft_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
-        if _differ(own, logits):
+        torch.clear_autocast_cache()  # what it has cast without a gradient here must not serve the step
+        if own.shape != logits.shape or _differ(own, logits):
             rank_zero_warn(
                 f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
                 "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
@@ -293,8 +296,9 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == count:  # what a config says of each layer
             setattr(config, name, [value[index] for index in keep])
-    pruned = type(model)(config)
-    nn.Module.to(pruned, model.device, model.dtype)
+    # Built in its dtype, not cast to it: rotary frequencies stay in float32.
+    pruned = type(model)._from_config(config, dtype=model.dtype)
+    nn.Module.to(pruned, model.device)
     places = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(keep)}
     weights = {}
     for name, weight in model.state_dict().items():

@@ -92,7 +92,7 @@ def take_turns(vocab: int, tokens: int, rounds: int) -> dict[str, tuple[list[flo
     """Seconds of each round and peak bytes above inputs and gradients, by contender."""
     context = multiprocessing.get_context("spawn")
     # The textbook keeps some fifteen float32 tensors of [tokens, vocab] alive.
-    fits = 15 * 4 * tokens * vocab < 0.6 * available_memory()
+    fits = 15 * 4 * tokens * vocab < 0.5 * available_memory()
     names = [name for name in CONTENDERS if name != "textbook AKL (sort, dense)" or fits]
     if importlib.util.find_spec("liger_kernel") is None:
         names.remove("Liger-Kernel FKL, compiled")

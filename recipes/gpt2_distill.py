@@ -185,8 +185,8 @@ def prepare_teacher(
     model: dict[str, Any],
     vocab_size: int = 2048,
     max_epochs: int = 3,
-    batch_size: int = 8,
-    learning_rate: float = 1.5e-3,
+    batch_size: int = 10,
+    learning_rate: float = 1.7e-3,
     seed: int = 0,
     cache_dir: str = "~/.cache/akl_lightning",
 ) -> Path:

@@ -415,9 +415,9 @@ def test_the_default_chunk_is_bounded_in_memory(monkeypatch: pytest.MonkeyPatch)
     sizes = []
     real = chunked._Linear.prepare
 
-    def prepare(self: Any, rows: int, width: int, wanted: list[bool]) -> None:
-        sizes.append(rows * width * 4)
-        real(self, rows, width, wanted)
+    def prepare(self: Any, buffer: Tensor) -> None:
+        sizes.append(buffer.numel() * 4)
+        real(self, buffer)
 
     monkeypatch.setattr(chunked._Linear, "prepare", prepare)
     case = Case(tokens=8000, vocab=2500)
@@ -462,6 +462,70 @@ def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient() -> None:
     (2 * loss).backward(retain_graph=True)
     with pytest.raises(RuntimeError):
         (2 * loss).backward()
+
+
+def test_logits_may_all_be_far_from_zero() -> None:
+    """GPT-2's are around -100: a distribution does not change with a shift, and rounding should not either."""
+    student = torch.randn(20, 3000)
+    teacher = student + 0.3 * torch.randn(20, 3000)
+    labels = torch.arange(20)
+    expected = F.forward_kl(student.double(), teacher.double())
+    for shift in (0.0, -128.0, 256.0):  # exact in float32, but for what it takes from the logits' last digits
+        shifted = [(logits + shift, (logits + shift).double()) for logits in (student, teacher)]
+        expected = F.forward_kl(shifted[0][1], shifted[1][1])
+        ours = DistillationCriterion()(shifted[0][0], shifted[1][0], labels).statistics["fkl"].double()
+        assert ((ours - expected).abs() <= 1e-5 * expected + 1e-6).all(), shift
+
+
+def test_the_vocabulary_is_never_sorted() -> None:
+    sorted_: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if name in ("sort", "argsort", "topk"):
+                sorted_.append(args[0].shape[-1])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        Case().run(DistillationCriterion(AdaptiveKL(0.05)))
+        Case().run(DistillationCriterion(AdaptiveKL(1.0)))
+    assert sorted_ and max(sorted_) < VOCAB / 2
+
+
+def test_float16_neither_stumbles_over_nothing_nor_overflows() -> None:
+    with torch.autocast("cpu", torch.float16):
+        assert Case(tokens=0, vocab=700).run(DistillationCriterion()).loss == 0
+        case = Case(tokens=400, vocab=700)
+        with torch.no_grad():
+            case.student_hidden[:, 0] = 1000.0  # an outlier channel, as large models have them
+            case.student.weight[:, 0] *= 1e-3
+        case.run(DistillationCriterion())
+    assert all(gradient.isfinite().all() for gradient in case.gradients)
+
+
+def test_a_divergence_with_parameters_of_its_own_is_refused() -> None:
+    class Learned(Hellinger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+    with pytest.raises(UsageError, match="Learned has trainable parameters, which get no gradient"):
+        DistillationCriterion(Learned())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_in_inference_mode_as_lightning_validates(name: str) -> None:
+    case = Case(vocab=700)
+    criterion = DistillationCriterion(DIVERGENCES[name], chunk_size=8)
+    expected = case.run(criterion)
+    with torch.inference_mode():
+        student = Projection(case.student_hidden, case.student)
+        output = criterion(student, Projection(case.teacher_hidden, case.teacher), case.labels)
+        assert torch.allclose(output.loss, expected.loss)
+        masked = case.teacher(case.teacher_hidden)
+        masked[:, 5] = -torch.inf
+        assert criterion(case.student(case.student_hidden), masked, case.labels).statistics["rkl"].isinf().all()
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])

@@ -157,6 +157,21 @@ def test_pruned_layers(family: str) -> None:
     again.load_state_dict(student.state_dict())
 
 
+def test_pruning_keeps_rotary_frequencies_in_float32() -> None:
+    model = build("llama").to(torch.bfloat16)
+    student = prune_layers(model, [0, 2])
+    assert student.dtype == torch.bfloat16
+    assert student.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_first_row_of_padding() -> None:
+    rows = batch()
+    rows["attention_mask"][0] = 0
+    rows["labels"][0] = -100
+    loss_and_gradients(split := SplitModel(build("llama")), rows)
+    assert split._splits
+
+
 @pytest.mark.parametrize("keep", [[], [0, 4], [1, 0], [-1], [0, 0]])
 def test_layers_that_are_not_there(keep: list[int]) -> None:
     with pytest.raises(UsageError, match=r"some of the layers 0 to 3 in ascending order"):

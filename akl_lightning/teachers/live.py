@@ -13,7 +13,8 @@ class LiveTeacher:
     """A frozen model that answers with logits.
 
     It is no module on purpose: whoever walks over the student's module (optimizers, checkpoints, parameter counts,
-    gradient synchronisation, deep copies of SWA and EMA) never meets it. It stays in eval mode without gradients.
+    gradient synchronisation, deep copies of SWA and EMA) never meets it. It stays in eval mode, without gradients, and
+    in the precision in which it was loaded.
 
     Args:
         model: the language model; its parameters are frozen in place.

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch, SplitModel
 from akl_lightning.teachers.live import LiveTeacher
 from tests.conftest import gpt2
@@ -45,6 +46,19 @@ def gradients(step: Step) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
+def refuse(rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        step = Step()
+        step.student.model.lm_head = nn.Linear(16, 300, bias=False)  # not tied
+        fully_shard(step.student.model.lm_head)
+        with pytest.raises(UsageError, match="shard it together with the root module instead"):
+            fully_shard(step)(batch())
+    finally:
+        dist.destroy_process_group()
+
+
 def work(rank: int, kind: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
@@ -74,9 +88,16 @@ def work(rank: int, kind: str, port: int) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one(kind: str) -> None:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (kind, port), nprocs=2)
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(kind: str) -> None:
+    torch.multiprocessing.spawn(work, (kind, free_port()), nprocs=2)
+
+
+def test_a_head_sharded_on_its_own_is_refused() -> None:
+    torch.multiprocessing.spawn(refuse, (free_port(),), nprocs=2)
