@@ -27,7 +27,7 @@ among them, and overwrites the student's logits with the gradient of the summed 
 _LOGITS_BYTES = 2**26
 """Memory of the logits of one chunk, on each side; the products gain little from larger ones."""
 
-_CACHE_BYTES = 2**20
+_CACHE_BYTES = 2**21
 """On a CPU, a chunk is compared in blocks of rows of this size, which stay in its caches from pass to pass."""
 
 

@@ -96,8 +96,8 @@ class WeightedPerToken(Divergence):
 
     def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
         """As in :class:`Divergence`: FKL's gradient is ``q - p``, RKL's is ``q * (log q - log p - RKL)``."""
-        value = self.value(pair)
         a, b = self.weights(pair.head_gap, pair.tail_gap)
+        value = a * pair.fkl + b * pair.rkl
         irregular = super().value_and_gradient(pair.rows(pair.irregular)) if pair.irregular.numel() else None
         # q * (a - b * RKL - b * log_ratio) - a * p, in place: passes over the vocabulary are what a large one costs.
         gradient = pair.log_ratio.mul_(-b[:, None]).add_((a - b * pair.rkl)[:, None]).mul_(pair.student_probs)

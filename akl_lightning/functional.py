@@ -320,7 +320,7 @@ def compare(
         fkl = torch.mul(p, log_ratio, out=product).sum(-1)
         rkl = torch.mul(q, log_ratio, out=product).sum(-1).neg_()
         irregular = fkl.new_empty(0, dtype=torch.long)
-        if not (fkl + rkl).sum().isfinite():
+        if not math.isfinite((fkl + rkl).sum()):
             irregular = (~(fkl + rkl).isfinite()).nonzero().squeeze(-1)
             fkl[irregular] = forward_kl_from_log_probs(student[irregular], teacher[irregular])
             rkl[irregular] = reverse_kl_from_log_probs(student[irregular], teacher[irregular])

