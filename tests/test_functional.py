@@ -155,9 +155,11 @@ def test_the_teacher_gets_no_gradient(name: str) -> None:
     assert student.grad.abs().sum() > 0
 
 
+# Binary fractions: a shift of them is exact, so that it cannot make equals of two logits that differ.
+fractions = st.integers(-8192, 8192).map(lambda number: number / 1024)
 rows = st.integers(2, 12).flatmap(
     lambda vocab: st.tuples(
-        *[st.lists(st.floats(-8, 8, width=32), min_size=vocab, max_size=vocab) for _ in range(2)],
+        *[st.lists(fractions, min_size=vocab, max_size=vocab) for _ in range(2)],
         st.permutations(range(vocab)),
     )
 )
@@ -165,7 +167,7 @@ rows = st.integers(2, 12).flatmap(
 
 @ALL
 @settings(max_examples=60, deadline=None)
-@given(rows, st.floats(-20, 20, width=32))
+@given(rows, fractions)
 def test_properties(name: str, drawn: tuple[list[float], list[float], list[int]], shift: float) -> None:
     ours, _ = CASES[name]
     student, teacher = (torch.tensor(row, dtype=torch.float64) for row in drawn[:2])
