@@ -81,8 +81,8 @@ def project_and_compare(
     >>> loss.item(), statistics["loss"].tolist(), student.grad[0].tolist()
     (15.0, [3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0])
     """
-    side = _side(student, [torch.is_grad_enabled() and tensor.requires_grad for tensor in _inputs(student)])
-    other = None if teacher is None else _side(teacher, [False] * len(_inputs(teacher)))
+    side = _side(student, with_gradient=torch.is_grad_enabled())
+    other = None if teacher is None else _side(teacher, with_gradient=False)
     names: list[str] = []
 
     def walk() -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
@@ -161,16 +161,16 @@ def _is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
 
 
-def _side(logits: Logits, wanted: list[bool]) -> "_Side":
+def _side(logits: Logits, with_gradient: bool) -> "_Side":
     if isinstance(logits, Tensor):
-        return _Dense(_inputs(logits), wanted, logits.shape[-1])
+        return _Dense(_inputs(logits), with_gradient, logits.shape[-1])
     if any(isinstance(module, FSDPModule) for module in logits.head.modules()):
         raise UsageError(
             "the output layer is an FSDP unit of its own, whose weight would be gathered chunk by chunk: shard it "
             "together with the root module instead."
         )
     kind = _Linear if _is_plain(logits.head) else _Module
-    return kind(_inputs(logits), wanted, _width(logits), logits)
+    return kind(_inputs(logits), with_gradient, _width(logits), logits)
 
 
 def _width(projection: Projection) -> int:
@@ -186,21 +186,23 @@ class _Side(ABC):
 
     Args:
         inputs: what may get a gradient.
-        wanted: whether it does.
+        with_gradient: whether those of them that require a gradient get one.
         width: outputs, padding included.
         projection: where the logits come from, unless they are the inputs.
     """
 
     def __init__(
-        self, inputs: tuple[Tensor, ...], wanted: list[bool], width: int, projection: Projection | None = None
+        self, inputs: tuple[Tensor, ...], with_gradient: bool, width: int, projection: Projection | None = None
     ) -> None:
         self.inputs = inputs
         self.width = width
-        self.wanted = any(wanted)
         self.gradients: list[Tensor | None] = [
-            torch.zeros_like(tensor, dtype=_at_least_float32(tensor.dtype)) if want else None
-            for tensor, want in zip(inputs, wanted, strict=True)
+            torch.zeros_like(tensor, dtype=_at_least_float32(tensor.dtype))
+            if with_gradient and tensor.requires_grad
+            else None
+            for tensor in inputs
         ]
+        self.wanted = any(gradient is not None for gradient in self.gradients)
         if projection is not None:
             self.head, self.soft_cap = projection.head, projection.soft_cap
             device = projection.hidden.device.type

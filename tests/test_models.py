@@ -73,6 +73,13 @@ def loss_and_gradients(model: SplitModel, rows: dict[str, Tensor]) -> tuple[Tens
     }
 
 
+def own_loss(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
+    """The same loss from all of the model's own logits."""
+    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    labels = rows["labels"][:, 1:]
+    return nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="sum")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_body_and_head_are_the_model(family: str) -> None:
     model = build(family).train()
@@ -81,9 +88,7 @@ def test_body_and_head_are_the_model(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a family that falls back says so
         loss, gradients = loss_and_gradients(split, rows)
-    positions = rows["labels"][:, 1:] != -100
-    own = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
-    expected = nn.functional.cross_entropy(own[positions], rows["labels"][:, 1:][positions], reduction="sum")
+    expected = own_loss(model, rows)
     model.zero_grad()
     expected.backward()
     assert isinstance(split(rows, positions=torch.ones_like(rows["labels"], dtype=torch.bool)), Projection)
@@ -108,9 +113,7 @@ def test_a_model_that_does_not_come_apart_is_named_and_taken_whole() -> None:
     split = SplitModel(model)
     with pytest.warns(UserWarning, match=r"Odd: its output layer on its hidden states does not give its logits"):
         loss, gradients = loss_and_gradients(split, rows)
-    positions = rows["labels"][:, 1:] != -100
-    own = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
-    expected = nn.functional.cross_entropy(own[positions], rows["labels"][:, 1:][positions], reduction="sum")
+    expected = own_loss(model, rows)
     assert torch.allclose(loss, expected)
     assert gradients["model.transformer.wte.weight"].abs().sum() > 0
     with warnings.catch_warnings():
@@ -127,9 +130,7 @@ def test_an_adapter_on_the_head() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss, gradients = loss_and_gradients(split, rows)
-    positions = rows["labels"][:, 1:] != -100
-    own = wrapped(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
-    expected = nn.functional.cross_entropy(own[positions], rows["labels"][:, 1:][positions], reduction="sum")
+    expected = own_loss(wrapped, rows)
     split.zero_grad()
     expected.backward()
     assert torch.allclose(loss, expected)
