@@ -229,7 +229,8 @@ def head_weight(head_gap: Tensor, tail_gap: Tensor) -> Tensor:
     tensor([0.7500, 0.5000])
     """
     total = head_gap + tail_gap
-    return torch.where(total > 0, head_gap / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
+    # Unequal to 0, not above it: NaN has to stay NaN, so that it is noticed.
+    return torch.where(total != 0, head_gap / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
 
 
 def adaptive_weights(head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +244,7 @@ def adaptive_weights(head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor
     (tensor([0.7500, 0.0000]), tensor([0.2500, 0.0000]))
     """
     weight = head_weight(head_gap, tail_gap)
-    differs = head_gap + tail_gap > 0
+    differs = head_gap + tail_gap != 0
     return weight * differs, (1 - weight) * differs
 
 

@@ -110,3 +110,15 @@ def test_known_divergences_count_a_users_own() -> None:
 
     assert {"Mine", "AdaptiveKL", "SkewKL"} <= set(known_divergences())
     assert "Divergence" not in known_divergences()
+
+
+@pytest.mark.parametrize(
+    "divergence", [AdaptiveKL, ForwardKL, ReverseKL, WeightedKL, JensenShannon, SkewKL, TotalVariation]
+)
+def test_nan_on_either_side_is_never_hidden(divergence: type[Divergence]) -> None:
+    for side in (0, 1):
+        logits = [torch.randn(3, 7), torch.randn(3, 7)]
+        logits[side][1] = torch.nan
+        output = DistillationCriterion(divergence())(*logits, torch.tensor([1, 2, 3]))
+        assert output.statistics["divergence"].isnan().tolist() == [False, True, False]
+        assert output.loss.isnan()
