@@ -1,11 +1,20 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and what has to be in a checkpoint for an exact resume."""
 
 import os
+import pickle
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+from torch.optim import Optimizer
 
 from akl_lightning.errors import UsageError
 
@@ -42,6 +51,35 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears at ``path`` complete, or not at all; one that was there before stays until then.
+
+    The body writes to a temporary file beside it, which is synced and then takes its place.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        kept = "; the one that was there before is untouched" if path.exists() else ""
+        raise UsageError(
+            f"cannot write {path}: {error.strerror or error}{kept}. Make room or choose another place, and go on from "
+            "the last checkpoint."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -57,3 +95,148 @@ def free_path(path: Path) -> Path:
         version += 1
         candidate = path.with_name(f"{path.name}-v{version}")
     return candidate
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Lightning's checkpoints
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints atomically, and read them without running what is in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside the target, sync, then replace it."""
+        if storage_options is not None or "://" in str(path):  # no local file
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # A failed write makes torch fail once more as it closes its archive; the first one says why.
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, with ``weights_only=True`` unless it is turned off.
+
+        Raises:
+            UsageError: it is damaged, or no checkpoint; an older one that is good is named.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only is not False)
+        checkpoint, fault = _read(Path(path), map_location, weights_only is not False)
+        if checkpoint is None:
+            others = sorted(Path(path).parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
+            good = next((other for other in others if other != Path(path) and _read(other)[0] is not None), None)
+            way_out = "give another one" if good is None else f"go on from {good}, which is complete"
+            raise UsageError(f"{path} {fault}: {way_out}.")
+        return checkpoint
+
+
+def _read(path: Path, map_location: Any = "cpu", weights_only: bool = True) -> tuple[dict[str, Any] | None, str]:
+    """The checkpoint, or None and what is wrong with it."""
+    if not path.is_file():
+        return None, "is no file"
+    try:
+        checkpoint = torch.load(path, map_location, weights_only=weights_only, mmap=True)
+    except pickle.UnpicklingError:
+        return None, "holds more than tensors and plain data, and code in a checkpoint is never run"
+    except (RuntimeError, EOFError, ValueError):
+        return None, "is damaged, cut off or no checkpoint"
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        return None, "is no checkpoint of Lightning"
+    return checkpoint, ""
+
+
+def newest_checkpoint(folders: Iterable[Path]) -> Path:
+    """The checkpoint that was written last.
+
+    Args:
+        folders: where to look for ``*.ckpt``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folders = list(folders)
+    found = [path for folder in folders for path in folder.glob("*.ckpt")]
+    if not found:
+        raise UsageError(
+            f"there is no checkpoint to go on from in {', '.join(map(str, folders)) or 'any run'}: start the run "
+            "without --ckpt_path."
+        )
+    # A save writes several files within moments; the last of them is the one to go on from.
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random number generators, as tensors and plain data."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go on where :func:`random_states` was called.
+
+    >>> states = random_states()
+    >>> drawn = torch.rand(()), np.random.rand(), random.random()
+    >>> set_random_states(states)
+    >>> drawn == (torch.rand(()), np.random.rand(), random.random())
+    True
+    """
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def key_by_name(optimizer: Optimizer, module: nn.Module) -> None:
+    """Let the states that an optimizer gives and takes go by the names of parameters, not by their positions.
+
+    So a state fits an optimizer whose groups are put together or ordered differently. Positions are taken, too.
+
+    Args:
+        optimizer: gets two hooks.
+        module: whose parameters it updates.
+    """
+
+    def names() -> list[str]:
+        by_parameter = {parameter: name for name, parameter in module.named_parameters()}
+        return [by_parameter[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+    def to_names(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        order = names()
+        groups = [{**group, "params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
+        return {"state": {order[index]: value for index, value in state["state"].items()}, "param_groups": groups}
+
+    def to_positions(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        order = names()
+        if not all(isinstance(name, str) for group in state["param_groups"] for name in group["params"]):
+            return state
+        settings = {name: group for group in state["param_groups"] for name in group["params"]}
+        if settings.keys() != set(order):
+            odd = sorted(settings.keys() ^ set(order))[0]
+            raise UsageError(
+                f"checkpoint and optimizer disagree on {odd!r}: only one of them trains it; train the same parameters."
+            )
+        groups, start = [], 0
+        for group in optimizer.param_groups:
+            positions = list(range(start, start + len(group["params"])))
+            start += len(positions)
+            groups.append({**(settings[order[positions[0]]] if positions else group), "params": positions})
+        return {
+            "state": {index: state["state"][name] for index, name in enumerate(order) if name in state["state"]},
+            "param_groups": groups,
+        }
+
+    optimizer.register_state_dict_post_hook(to_names)
+    optimizer.register_load_state_dict_pre_hook(to_positions)

@@ -13,6 +13,16 @@ from akl_lightning.divergences import known_divergences
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
+LOST_PROCESSES = {
+    "DataLoader worker": "a process that prepares batches died, often for want of memory: lower data.num_workers, and "
+    "go on from the last checkpoint.",
+    "Connection closed by peer": "another process of this run died: look at its messages, and go on from the last "
+    "checkpoint.",
+    "Connection reset by peer": "another process of this run died: look at its messages, and go on from the last "
+    "checkpoint.",
+}
+"""What a RuntimeError of torch says when a process is gone, and what is said to the user instead."""
+
 
 class OneSentenceParser(LightningArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
@@ -57,8 +67,14 @@ def run_command(main: Callable[[], object]) -> None:
     with suppress(BrokenPipeError):
         try:
             main()
+        except BrokenPipeError:
+            raise
         except (UsageError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
             sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(2) from error
+        except RuntimeError as error:
+            lost = [sentence for sign, sentence in LOST_PROCESSES.items() if sign in str(error)]
+            if not lost:
+                raise
+            sys.stderr.write(f"error: {lost[0]}\n")
             raise SystemExit(2) from error

@@ -29,9 +29,8 @@ class TokenMean(Metric):
     def __init__(self, statistic: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.statistic = statistic
-        # Persistent, so that a run resumed in mid-epoch ends with the epoch's true mean.
         for state in ("total", "tokens"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, **statistics: Tensor) -> None:
         """Add the values ``[tokens]`` of one batch; a batch without this statistic adds nothing."""
@@ -64,7 +63,7 @@ class HeadTailError(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for state in ("head", "tail", "tokens"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None) -> None:
         """Add the gaps ``[tokens]`` of one batch; a batch without a teacher has none and adds nothing."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,12 +24,16 @@ _LOOKED_AT = 16
 """Tokens on which the split of a model is checked."""
 
 
-def load_causal_lm(source: nn.Module | Mapping[str, Any] | str) -> nn.Module:
+def load_causal_lm(
+    source: nn.Module | Mapping[str, Any] | str, trust_remote_code: bool = False, role: str = "model"
+) -> nn.Module:
     """Get a causal language model.
 
     Args:
         source: a hub name or local folder, the path of a GGUF file, a ``transformers`` config as a mapping
             (``model_type`` and sizes; the weights are new), or a module, which is returned as it is.
+        trust_remote_code: run Python code that comes with the model.
+        role: what an error calls it.
 
     Raises:
         UsageError: the name, folder or config gives no model.
@@ -43,22 +48,37 @@ def load_causal_lm(source: nn.Module | Mapping[str, Any] | str) -> nn.Module:
         except ValueError as error:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
         return AutoModelForCausalLM.from_config(config)
-    try:
-        return AutoModelForCausalLM.from_pretrained(**_location(source), dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UsageError(_cannot_load("model", source)) from error
+    with _explained(role, source):
+        model = AutoModelForCausalLM.from_pretrained(
+            **_location(source), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name, local folder or GGUF file.
+def outline_causal_lm(source: str, trust_remote_code: bool = False, role: str = "model") -> PreTrainedModel:
+    """Build a model on the meta device, where it takes no memory, from the config of a hub name or local folder.
 
     Raises:
         UsageError: there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(**_location(source))
-    except (OSError, ValueError) as error:
-        raise UsageError(_cannot_load("tokenizer", source)) from error
+    with _explained(role, source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name, local folder or GGUF file.
+
+    Args:
+        source: where it lies.
+        trust_remote_code: run Python code that comes with it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    with _explained("tokenizer", source):
+        return AutoTokenizer.from_pretrained(**_location(source), trust_remote_code=trust_remote_code)
 
 
 def _location(source: str) -> dict[str, str]:
@@ -68,22 +88,38 @@ def _location(source: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": source}
 
 
-def _cannot_load(what: str, source: str) -> str:
-    return (
-        f"cannot load the {what} {source!r}: it is no local folder with a {what} in it, and the hub has none of that "
-        f"name or cannot be reached; give the path of a local folder that save_pretrained wrote."
-    )
+@contextmanager
+def _explained(role: str, source: str) -> Iterator[None]:
+    """Say in one sentence why something cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own; read that code, and give trust_remote_code: true to run it"
+        elif isinstance(error, SafetensorError):
+            reason = f"its weights are damaged ({error}); fetch or write them again"
+        else:
+            kind = "tokenizer" if role == "tokenizer" else "model"
+            reason = (
+                f"it is no local folder with a {kind} in it, and the hub has none of that name or cannot be reached; "
+                "give the path of a local folder that save_pretrained wrote"
+            )
+        raise UsageError(f"cannot load the {role} {source!r}: {reason}.") from error
 
 
-def tokenizer_of(source: nn.Module | Mapping[str, Any] | str | None) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(
+    source: nn.Module | Mapping[str, Any] | str | None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model's weights, or None where nothing says which it is."""
     name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else source
     if not isinstance(name, str) or not name:
         return None
     try:
-        return load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code)
     except UsageError:  # a folder may well hold weights alone
         return None
+    # Out of nothing, transformers makes some models' tokenizers with special tokens alone.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def check_same_vocabulary(
@@ -153,6 +189,18 @@ class SplitModel(nn.Module):
         """Width of the head, padding included, or None where the model does not say."""
         weight = getattr(self.head, "weight", None)
         return getattr(self.config, "vocab_size", None) if weight is None else weight.shape[0]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the layers, and run them again in the backward pass.
+
+        Raises:
+            UsageError: a model that has no such mode.
+        """
+        if self.causal_lm is None or not self.causal_lm.supports_gradient_checkpointing:
+            raise UsageError(
+                f"{type(self.model).__name__} has no activation checkpointing: turn activation_checkpointing off."
+            )
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         """Raise :class:`UsageError` unless the model has a position and an output for all that the data may hold.
@@ -259,6 +307,15 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return bool((one.double() - other.double()).norm() > tolerance * one.double().norm())
 
 
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of a ``transformers`` model's layers; an empty list where they cannot be told."""
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList) and count and len(part) == count:
+            return name, part
+    return "", nn.ModuleList()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # A student made of a teacher's layers
 
@@ -283,13 +340,11 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     count, keep = getattr(model.config, "num_hidden_layers", 0), list(keep)
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < count:
         raise UsageError(f"keep must name some of the layers 0 to {count - 1} in ascending order, got {keep}.")
-    named = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
-    lists = [(name, part) for name, part in named if len(part) == count]
-    if not lists:
+    prefix, layers = decoder_layers(model)
+    if not layers:
         raise UsageError(
             f"{type(model).__name__} has no list of its {count} decoder layers: build the student by hand."
         )
-    prefix, layers = lists[0]
 
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(keep)

@@ -1,25 +1,54 @@
 """The LightningModule that users run or subclass."""
 
+import math
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import get_scheduler
 
+from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
+from akl_lightning.chunked import Logits
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.errors import UsageError
 from akl_lightning.metrics import distillation_metrics
 from akl_lightning.models import Batch, SplitModel, check_same_vocabulary, load_causal_lm, tokenizer_of
+from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
 from akl_lightning.teachers.live import LiveTeacher
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+class MicroBatch(NamedTuple):
+    """What is kept of a micro-batch until the optimizer steps."""
+
+    batch_idx: int
+    loss: Tensor
+    cross_entropy: Tensor
+    tokens: int
+
+
+class Step(NamedTuple):
+    """What is kept of an optimizer step until somebody looks at its loss."""
+
+    number: int
+    epoch: int
+    micro_batches: list[MicroBatch]
+    totals: Tensor
+    """Loss, cross entropy, response tokens and requests to stop, summed over micro-batches and ranks."""
 
 
 class DistillationModule(LightningModule):
@@ -44,6 +73,7 @@ class DistillationModule(LightningModule):
             optimizer step, or a callable that takes the optimizer and is stepped once an epoch.
         warmup_steps: optimizer steps of linear warm-up, for a schedule given by name.
         max_new_tokens: length of the answers that :meth:`predict_step` generates.
+        trust_remote_code: run Python code that comes with the models.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -62,6 +92,7 @@ class DistillationModule(LightningModule):
         lr_scheduler: ScheduleName | LRSchedulerCallable = "constant",
         warmup_steps: int = 0,
         max_new_tokens: int = 64,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
@@ -71,11 +102,12 @@ class DistillationModule(LightningModule):
         self.save_hyperparameters(*plain, "warmup_steps", "max_new_tokens", logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
-        self._tokenizers = {"teacher": tokenizer_of(teacher), "student": tokenizer_of(student)}
+        models = {"teacher": teacher, "student": student}
+        self._tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self._tokenizers["teacher"] and self._tokenizers["student"]:
             check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
-        self.student = SplitModel(load_causal_lm(student))
-        self.teacher = None if teacher is None else LiveTeacher(load_causal_lm(teacher))
+        self.student = SplitModel(load_causal_lm(student, trust_remote_code, "student"))
+        self.teacher = None if teacher is None else LiveTeacher(teacher, trust_remote_code)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -83,7 +115,13 @@ class DistillationModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         for stage in ("train", "val", "test"):
             self.add_module(f"{stage}_metrics", distillation_metrics(f"{stage}/", with_teacher=teacher is not None))
-        self._window: list[tuple[int, Tensor, int]] = []
+        self._window: list[MicroBatch] = []
+        self._unseen: list[Step] = []
+        self._random_states: list[dict[str, Any]] = []
+        self.stop_requested = False
+        """Set it on any rank, from a signal handler too, to have :attr:`stop_agreed` on all of them soon."""
+        self.stop_agreed = False
+        """Whether all ranks know, since the same optimizer step, that one of them wants to stop."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The teacher is no submodule, yet it has to be where the student is.
@@ -97,9 +135,13 @@ class DistillationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
-        models = {"student": self.student}
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.trainer.world_size > 1:  # torchmetrics has averaged over ranks what Lightning would like to
+            warnings.filterwarnings("ignore", message=r".*self\.log\('(train|val|test)/.*sync_dist=True")
+        models: dict[str, SplitModel | LiveTeacher] = {"student": self.student}
         if self.teacher is not None:
-            models["teacher"] = self.teacher.model
+            models["teacher"] = self.teacher
         data = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
         sizes = {name: model.vocab_size for name, model in models.items() if model.vocab_size}
@@ -122,6 +164,26 @@ class DistillationModule(LightningModule):
                 "with their tokenizer."
             )
 
+    @property
+    def in_step(self) -> bool:
+        """Whether micro-batches have been accumulated that no optimizer step has used yet."""
+        return bool(self._window)
+
+    def configure_model(self) -> None:
+        """Read the teacher's weights; shard teacher and module where the strategy shards."""
+        strategy = None if self._trainer is None else self._trainer.strategy  # load_from_checkpoint has none
+        mesh = data_parallel_mesh(strategy)
+        if self.teacher is not None:
+            self.teacher.load(mesh)
+        if isinstance(strategy, FSDPStrategy):  # which wraps the module itself
+            strategy.kwargs.setdefault("auto_wrap_policy", wrapping_policy(self.student.model))
+        elif mesh is not None and not isinstance(self, FSDPModule):
+            if getattr(strategy, "activation_checkpointing", False):
+                self.student.checkpoint_activations()
+            shard(self, mesh, self.student.model)
+            for step in ("training_step", "validation_step", "test_step", "predict_step"):
+                register_fsdp_forward_method(self, step)
+
     # ----------------------------------------------------------------------------------------------------------------
     # Steps
 
@@ -135,14 +197,21 @@ class DistillationModule(LightningModule):
             if key not in batch:
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
         positions, labels = self.criterion.response_labels(batch["labels"])
-        teacher = None if self.teacher is None else self.teacher(batch, positions)
-        return self.student(batch, positions, lambda student: self.criterion(student, teacher, labels))
+        with_gradient = torch.is_grad_enabled()
+
+        def beside(teacher: Logits | None) -> CriterionOutput:
+            with torch.set_grad_enabled(with_gradient):
+                return self.student(batch, positions, lambda student: self.criterion(student, teacher, labels))
+
+        # One inside the other, so that both heads' weights are at hand, gathered once, however they are sharded.
+        return beside(None) if self.teacher is None else self.teacher(batch, positions, beside)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss (a sum over response tokens) and per-token statistics, which callbacks find in ``outputs``."""
         output = self.distill(batch)
         self.train_metrics.update(**output.statistics)
-        self._window.append((batch_idx, output.loss.detach(), output.statistics["loss"].numel()))
+        cross_entropy = output.statistics["cross_entropy"]
+        self._window.append(MicroBatch(batch_idx, output.loss.detach(), cross_entropy.sum(), cross_entropy.numel()))
         return {"loss": output.loss, "statistics": output.statistics}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -166,20 +235,34 @@ class DistillationModule(LightningModule):
                 f"{type(self.student.model).__name__} has no generate method: override predict_step to predict with it."
             )
         prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        answers = generate(**prompts, max_new_tokens=self.max_new_tokens, do_sample=False)
+        # Where layers are gathered from all ranks, none may stop before the others have.
+        together = {"synced_gpus": True} if isinstance(self, FSDPModule) else {}
+        answers = generate(**prompts, **together, max_new_tokens=self.max_new_tokens, do_sample=False)
         return answers[:, batch["input_ids"].shape[1] :]
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""
+        self._look_at_losses()
         self._log_means(self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
         self._log_means(self.val_metrics)
+        self._release()
 
     def on_test_epoch_end(self) -> None:
         """Log the test means."""
         self._log_means(self.test_metrics)
+        self._release()
+
+    def on_predict_epoch_end(self) -> None:
+        """Free what the last forward has gathered."""
+        self._release()
+
+    def _release(self) -> None:
+        # What is gathered for a forward is freed by its backward, and here is none.
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
     def _log_means(self, metrics: MetricCollection) -> None:
         self.log_dict({name: mean.float() for name, mean in metrics.compute().items()})
@@ -220,18 +303,97 @@ class DistillationModule(LightningModule):
     def _average_gradients(self) -> None:
         """Turn summed gradients into means over the tokens of the step: all its micro-batches, all ranks."""
         window, self._window = self._window, []
-        losses = torch.stack([loss.double() for _, loss, _ in window])
-        mine = torch.stack([losses.sum(), losses.new_tensor(sum(tokens for *_, tokens in window))])
-        loss, tokens = self.trainer.strategy.reduce(mine, reduce_op="sum")
-        if loss.isnan():  # on every rank alike, so that none waits for another that has stopped
-            where = [str(batch_idx) for batch_idx, loss, _ in window if loss.isnan()]
-            raise UsageError(
-                f"the loss is NaN at optimizer step {self.trainer.global_step}, epoch {self.current_epoch}, batch "
-                f"{', '.join(where) or 'of another rank'}: look at that batch, lower the learning rate, or clip."
-            )
+        losses = torch.stack([micro_batch.loss.double() for micro_batch in window]).sum()
+        cross_entropies = torch.stack([micro_batch.cross_entropy.double() for micro_batch in window]).sum()
+        tokens = losses.new_tensor(sum(micro_batch.tokens for micro_batch in window))
+        mine = torch.stack([losses, cross_entropies, tokens, losses.new_tensor(self.stop_requested)])
+        totals = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        self._unseen.append(Step(self.trainer.global_step, self.current_epoch, window, totals))
+        # Looking waits for the device: on a GPU it is done when the loss is logged, which waits anyway.
+        if totals.device.type == "cpu" or len(self._unseen) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._look_at_losses()
+        loss, tokens = totals[0], totals[2].clamp(min=1)
         # Lightning has divided each loss by the micro-batches of a step, and DDP and FSDP the sum by the ranks.
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens.clamp(min=1)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-        self.log("train/loss_step", (loss / tokens.clamp(min=1)).float(), prog_bar=True, on_step=True, on_epoch=False)
+        self.log("train/loss_step", (loss / tokens).float(), prog_bar=True, on_step=True, on_epoch=False)
+
+    def _look_at_losses(self) -> None:
+        """Stop where a loss was NaN. The sums are the same on all ranks, so none waits for one that has stopped."""
+        steps, self._unseen = self._unseen, []
+        for step in steps:
+            loss, cross_entropy, _, stop = step.totals.tolist()
+            self.stop_agreed |= stop > 0
+            if not math.isnan(loss):
+                continue
+            where = ", ".join(str(batch.batch_idx) for batch in step.micro_batches if batch.loss.isnan())
+            # Cross entropy knows no teacher.
+            culprit, advice = (
+                ("the student diverged", "look at that batch, lower the learning rate, or clip")
+                if math.isnan(cross_entropy)
+                else ("the teacher gives NaN", "look at that batch, or load the teacher in a wider precision")
+            )
+            raise UsageError(
+                f"the loss is NaN at optimizer step {step.number}, epoch {step.epoch}, batch "
+                f"{where or 'of another rank'}; {culprit}: {advice}."
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, by the norm over all shards under FSDP too."""
+        by_norm = gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm")
+        if by_norm and isinstance(self.trainer.strategy, FSDPStrategy):  # whose precision plugin refuses it
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[operator, union-attr]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Checkpoints: what Lightning's own leave out
+
+    def on_fit_start(self) -> None:
+        """Get ready for what is restored next: the place in the data, optimizer states by parameter names."""
+        # Whoever has asked for trainer.estimated_stepping_batches has made the Trainer load the data, and once it has,
+        # it forgets to restore where they were.
+        self.trainer.fit_loop._combined_loader = None
+        if not isinstance(self.trainer.strategy, FSDPStrategy):  # which has its own way to gather them
+            for optimizer in self.trainer.optimizers:
+                key_by_name(optimizer, self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the epoch's means so far and each rank's random numbers."""
+        self._look_at_losses()
+        if self.in_step:
+            rank_zero_warn(
+                f"checkpoint in the middle of an optimizer step: its {len(self._window)} micro-batches so far are "
+                "missing from a run that resumes there. Save after whole steps, as LastCheckpoint does."
+            )
+        checkpoint["random_states"] = [random_states()]
+        if self.trainer.world_size > 1:
+            checkpoint["random_states"] *= self.trainer.world_size
+            torch.distributed.all_gather_object(checkpoint["random_states"], random_states())
+        checkpoint["train_metrics"] = {}
+        for name, metric in self.train_metrics.items(keep_base=True):
+            with metric.sync_context():
+                state = apply_to_collection(metric.metric_state, Tensor, Tensor.cpu)
+                checkpoint["train_metrics"][name] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the epoch's means; random numbers wait until training starts."""
+        self._random_states = checkpoint.get("random_states", [])
+        if self._trainer is not None and self._trainer.is_global_zero:  # sums over ranks, so one of them has it all
+            for name, state in checkpoint.get("train_metrics", {}).items():
+                metric = self.train_metrics[name]
+                metric.update()
+                metric.merge_state({key: value.to(metric.device) for key, value in state.items()})
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the run that is resumed."""
+        if self.trainer.global_rank < len(self._random_states):
+            set_random_states(self._random_states[self.trainer.global_rank])
+        self._random_states = []

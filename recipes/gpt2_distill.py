@@ -32,8 +32,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 import akl_lightning
-from akl_lightning.callbacks import AdaptiveWeightMonitor, HeadTailPlot, StudentExport
-from akl_lightning.checkpoint import atomic_folder, free_path
+from akl_lightning.callbacks import AdaptiveWeightMonitor, HeadTailPlot, LastCheckpoint, StudentExport
+from akl_lightning.checkpoint import atomic_folder, free_path, newest_checkpoint
 from akl_lightning.cli import DistillationCLI, run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
@@ -74,8 +74,8 @@ def main(args: list[str] | None = None) -> None:
     say("[bold]The student after distillation, and the teacher")
     rows["student after"], answers["student"] = evaluate(trainer, module, data)
     # The teacher in the student's place, compared with itself.
-    teacher_model = module.teacher.model.model
-    teacher = DistillationModule(teacher_model, teacher_model, max_new_tokens=module.max_new_tokens)
+    source = cli.config.model.teacher
+    teacher = DistillationModule(source, source, max_new_tokens=module.max_new_tokens)
     rows["teacher"], answers["teacher"] = evaluate(trainer, teacher, data)
 
     if trainer.is_global_zero:
@@ -149,7 +149,8 @@ class Recipe(DistillationCLI):
             self.trainer_defaults["callbacks"] += [
                 AdaptiveWeightMonitor(every_n_steps=10),
                 # Beside the logs, not below them: the folder must be found again whatever version the logger counts.
-                ModelCheckpoint(run / "checkpoints", monitor="val/divergence", save_last=True),
+                ModelCheckpoint(run / "checkpoints", monitor="val/divergence", save_on_train_epoch_end=False),
+                LastCheckpoint(run / "checkpoints", every_n_steps=50),
             ]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -166,10 +167,8 @@ def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | Non
         os.environ["AKL_RUN_FOLDER"] = str(run)
         return run, None
     if ckpt_path == "last":
-        found = list(output_dir.parent.glob(f"{output_dir.name}*/checkpoints/last.ckpt"))
-        if not found:
-            raise UsageError(f"no run in {output_dir} has a checkpoint to go on from: start it without --ckpt_path.")
-        ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime))
+        runs = [path for path in (output_dir, *output_dir.parent.glob(f"{output_dir.name}-v*")) if path.is_dir()]
+        ckpt_path = str(newest_checkpoint(path / "checkpoints" for path in runs))
     if not Path(ckpt_path).is_file():
         raise UsageError(f"there is no checkpoint {ckpt_path}: give the path of one, or 'last'.")
     return Path(ckpt_path).resolve().parent.parent, ckpt_path

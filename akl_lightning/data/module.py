@@ -45,6 +45,7 @@ class InstructionDataModule(LightningDataModule):
         group_by_length: let samples of a step be of similar length, which saves padding.
         num_workers: processes that prepare batches.
         seed: of the order of the samples.
+        trust_remote_code: run Python code that comes with the tokenizer.
 
     Raises:
         UsageError: a tokenizer or source that cannot be read, or no usable sample left.
@@ -65,9 +66,10 @@ class InstructionDataModule(LightningDataModule):
         group_by_length: bool = True,
         num_workers: int = 0,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code) if isinstance(tokenizer, str) else tokenizer
         if self.tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token (eos_token): set one, responses end with it.")
         if template != CHAT:
@@ -148,12 +150,17 @@ class InstructionDataModule(LightningDataModule):
             group_by_length=self.group_by_length,
             seed=self.seed,
         )
+        # The Trainer says which epoch it is too late for a resumed loader, which goes through its order at once.
+        sampler.set_epoch(trainer.current_epoch if trainer else 0)
         return StatefulDataLoader(
             _Rows(data.select_columns(["prompt_ids", "response_ids"])),
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
+            # Each iterator draws a seed for its workers; out of the global generator, a resumed run, which makes other
+            # iterators, would go on with other random numbers.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _pad(self, rows: list[list[int]], value: int, side: str) -> Tensor:

@@ -1,0 +1,164 @@
+"""Shard a model over devices, from outside and block by block, and the ``fsdp2`` strategy that asks for it."""
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from akl_lightning.errors import UsageError
+from akl_lightning.models import decoder_layers, outline_causal_lm
+
+Wrapped = TypeVar("Wrapped", bound=nn.Module)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module, release: bool = False) -> None:
+    """Shard every parameter over the devices of a mesh with FSDP2, in place.
+
+    Each decoder layer is gathered when its turn comes; all the rest, a head that is tied to the embedding included, is
+    gathered once per forward of ``model``.
+
+    Args:
+        model: what is sharded; whose forward is called.
+        mesh: one-dimensional.
+        language_model: the part of it that may have decoder layers.
+        release: free what ``model`` itself has gathered right after its forward, not after the backward.
+    """
+    for layer in decoder_layers(language_model)[1]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=release)
+
+
+def load_sharded(
+    source: str, mesh: DeviceMesh, wrap: Callable[[nn.Module], Wrapped], trust_remote_code: bool = False
+) -> Wrapped | None:
+    """Load a frozen model so that each rank reads no more of the weights than its own shard.
+
+    Args:
+        source: hub name or local folder.
+        mesh: one-dimensional.
+        wrap: puts the frozen model into the module whose forward is called.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        What ``wrap`` made; None where the weights are no safetensors under the model's own names.
+    """
+    model = outline_causal_lm(source, trust_remote_code)
+    patterns = ["*.safetensors", "*.json"]
+    folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=patterns)
+    reader = HuggingFaceStorageReader(folder)
+    try:
+        stored = set(reader.read_metadata().state_dict_metadata)
+    except SafetensorError as error:
+        raise UsageError(f"cannot read the weights in {folder}, they are damaged: {error}.") from error
+    tied = set(model.all_tied_weights_keys)
+    if not set(model.state_dict()) - tied <= stored:
+        return None
+    wrapped = wrap(model)
+    shard(wrapped, mesh, model, release=True)
+    model.to_empty(device=mesh.device_type)
+    model.tie_weights()
+    load({name: tensor for name, tensor in model.state_dict().items() if name in stored}, storage_reader=reader)
+    # Buffers that no file holds (rotary frequencies) are computed; what has been read stays.
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
+    return wrapped
+
+
+def data_parallel_mesh(strategy: Strategy | None) -> DeviceMesh | None:
+    """The devices over which a strategy shards, or None where it does not."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.device_mesh["data_parallel"]
+    if isinstance(strategy, FSDPStrategy):
+        return init_device_mesh(strategy.root_device.type, (strategy.world_size,))
+    return None
+
+
+def wrapping_policy(language_model: nn.Module) -> ModuleWrapPolicy:
+    """What FSDP (version 1) wraps: the decoder layers."""
+    return ModuleWrapPolicy({type(layer) for layer in decoder_layers(language_model)[1]})
+
+
+@StrategyRegistry.register("fsdp2", description="FSDP2: parameters, gradients and optimizer sharded over all devices")
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over all devices: ``--trainer.strategy fsdp2``.
+
+    A checkpoint is one file, the same as that of one device: it resumes on any number of devices.
+
+    Args:
+        activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass.
+        timeout: of the communication between processes.
+    """
+
+    def __init__(self, activation_checkpointing: bool = False, timeout: timedelta | None = default_pg_timeout) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+        self.activation_checkpointing = activation_checkpointing
+
+    def setup_environment(self) -> None:
+        """Let every device have samples of its own."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    # The base class writes and reads optimizer states by position among *all* parameters, frozen ones included; from
+    # here on they go the way of any other strategy.
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Let the Trainer restore the optimizers."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file on every rank; what is not this rank's is never looked at."""
+        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this rank's shard of each weight."""
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        assert self.lightning_module is not None
+        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Gather the state; on ranks other than 0 it is empty."""
+        state = optimizer.state_dict()
+        gathered = {
+            name: {key: self._gather(value) for key, value in of.items()} for name, of in state["state"].items()
+        }
+        return {"state": gathered, "param_groups": state["param_groups"]} if self.is_global_zero else {}
+
+    def _gather(self, value: Any) -> Any:
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        return value.cpu() if isinstance(value, torch.Tensor) and self.is_global_zero else value
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's shard of each state."""
+        assert self.lightning_module is not None
+        parameters = dict(self.lightning_module.named_parameters())
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            own = {
+                name: {key: _like(parameters[name], value) for key, value in of.items()}
+                for name, of in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": own})
+
+
+def _like(parameter: torch.Tensor, value: Any) -> Any:
+    """Shard a state as its parameter is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
