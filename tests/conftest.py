@@ -51,10 +51,10 @@ def corpus(tmp_path: Path) -> str:
     return str(path)
 
 
-def gpt2(width: int = 16, vocab_size: int = 300, positions: int = 64) -> GPT2LMHeadModel:
+def gpt2(width: int = 16, vocab_size: int = 300, positions: int = 64, layers: int = 1) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=vocab_size, n_positions=positions, n_embd=width, n_layer=1, n_head=2, bos_token_id=0,
+            vocab_size=vocab_size, n_positions=positions, n_embd=width, n_layer=layers, n_head=2, bos_token_id=0,
             eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip

@@ -180,7 +180,8 @@ def test_a_nan_loss_stops_training_and_is_named() -> None:
             if batch_idx == 2:
                 # as if the student had given NaN
                 output["loss"] = output["loss"] * torch.nan
-                self._window[-1] = (batch_idx, output["loss"].detach(), 1)
+                nan = output["loss"].detach()
+                self._window[-1] = self._window[-1]._replace(loss=nan, cross_entropy=nan)
             return output
 
     module_ = Breaks(gpt2(16), gpt2(24), **SGD)
@@ -189,11 +190,34 @@ def test_a_nan_loss_stops_training_and_is_named() -> None:
     assert parameters(module_.student).isfinite().all()
 
 
+def test_a_teacher_that_gives_nan_is_told_from_a_student_that_diverges() -> None:
+    module_ = module()
+    with torch.no_grad():
+        next(module_.teacher.model.parameters()).fill_(torch.nan)
+    before = parameters(module_.student)
+    with pytest.raises(UsageError, match=r"batch 0; the teacher gives NaN: look at that batch, or load the teacher"):
+        Trainer(**QUIET, max_epochs=1).fit(module_, loader([stack(samples())]))
+    assert torch.equal(parameters(module_.student), before)
+
+
+def test_losses_are_looked_at_every_step_on_a_cpu_and_at_the_end_of_an_epoch() -> None:
+    looked = []
+
+    class Counts(DistillationModule):
+        def _look_at_losses(self) -> None:
+            looked.append(len(self._unseen))
+            super()._look_at_losses()
+
+    module_ = Counts(gpt2(16), gpt2(24), **SGD)
+    Trainer(**QUIET, max_epochs=1).fit(module_, loader([stack(samples())] * 3))
+    assert looked == [1, 1, 1, 0]  # on the CPU at every step, and once more at the end of the epoch
+
+
 def test_nan_weights_are_noticed_as_well() -> None:
     module_ = module()
     with torch.no_grad():
         next(module_.student.parameters()).fill_(torch.nan)
-    with pytest.raises(UsageError, match="loss is NaN at optimizer step 0, epoch 0, batch 0"):
+    with pytest.raises(UsageError, match="loss is NaN at optimizer step 0, epoch 0, batch 0; the student diverged"):
         Trainer(**QUIET, max_epochs=1).fit(module_, loader([stack(samples())]))
 
 
@@ -425,7 +449,7 @@ def test_a_missing_key_is_named() -> None:
 
 
 def test_models_that_cannot_be_had() -> None:
-    with pytest.raises(UsageError, match=r"cannot load the model 'nobody/nothing'.*path of a local folder"):
+    with pytest.raises(UsageError, match=r"cannot load the student 'nobody/nothing'.*path of a local folder"):
         DistillationModule("nobody/nothing", gpt2())
     with pytest.raises(UsageError, match="has no model_type"):
         DistillationModule({"n_layer": 2}, gpt2())

@@ -1,8 +1,5 @@
 """The chunked criterion inside DDP and FSDP2: two real processes on gloo against one that sees the whole batch."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,11 +8,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from akl_lightning.chunked import Logits
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch, SplitModel
 from akl_lightning.teachers.live import LiveTeacher
 from tests.conftest import gpt2
+from tests.distributed.training import launch
 
 CRITERION = DistillationCriterion(chunk_size=5)
 
@@ -30,8 +29,12 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         positions, labels = CRITERION.response_labels(batch["labels"])
-        teacher = self.teacher(batch, positions)
-        return self.student(batch, positions, lambda student: CRITERION(student, teacher, labels)).loss
+
+        def beside(teacher: Logits) -> Tensor:
+            with torch.enable_grad():
+                return self.student(batch, positions, lambda student: CRITERION(student, teacher, labels)).loss
+
+        return self.teacher(batch, positions, beside)
 
 
 def batch() -> dict[str, Tensor]:
@@ -46,58 +49,46 @@ def gradients(step: Step) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
-def refuse(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def refuse() -> None:
+    step = Step()
+    step.student.model.lm_head = nn.Linear(16, 300, bias=False)  # not tied
+    fully_shard(step.student.model.lm_head)
+    with pytest.raises(UsageError, match="shard it together with the root module instead"):
+        fully_shard(step)(batch())
+
+
+def compare(rank: int, kind: str) -> None:
+    whole = Step()
+    whole(batch()).backward()
+    step = Step()
+    if kind == "ddp":
+        run: nn.Module = DistributedDataParallel(step)
+    else:
+        for block in step.student.model.transformer.h:
+            fully_shard(block)
+        run = fully_shard(step)
+        shards = [parameter.to_local().numel() for parameter in step.student.parameters()]
+        assert 2 * sum(shards) <= 1.1 * sum(parameter.numel() for parameter in step.student.parameters())
+    # Micro-batches of two rows: rank 0 has one of them without a response token.
+    loss = run({key: value[2 * rank : 2 * rank + 2] for key, value in batch().items()})
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert torch.allclose(total, whole(batch()), rtol=1e-5)
+    for name, expected in gradients(whole).items():
+        ours = 2 * gradients(step)[name]  # both average over ranks
+        assert (ours - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def work(rank: int) -> None:
+    dist.init_process_group("gloo")
     try:
-        step = Step()
-        step.student.model.lm_head = nn.Linear(16, 300, bias=False)  # not tied
-        fully_shard(step.student.model.lm_head)
-        with pytest.raises(UsageError, match="shard it together with the root module instead"):
-            fully_shard(step)(batch())
+        compare(rank, "ddp")
+        compare(rank, "fsdp2")
+        refuse()
     finally:
         dist.destroy_process_group()
 
 
-def work(rank: int, kind: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        whole = Step()
-        whole(batch()).backward()
-        step = Step()
-        if kind == "ddp":
-            run: nn.Module = DistributedDataParallel(step)
-        else:
-            for block in step.student.model.transformer.h:
-                fully_shard(block)
-            run = fully_shard(step)
-            shards = [parameter.to_local().numel() for parameter in step.student.parameters()]
-            assert 2 * sum(shards) <= 1.1 * sum(parameter.numel() for parameter in step.student.parameters())
-        # Micro-batches of two rows: rank 0 has one of them without a response token.
-        loss = run({key: value[2 * rank : 2 * rank + 2] for key, value in batch().items()})
-        loss.backward()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        assert torch.allclose(total, whole(batch()), rtol=1e-5)
-        for name, expected in gradients(whole).items():
-            ours = 2 * gradients(step)[name]  # both average over ranks
-            assert (ours - expected).norm() <= 1e-5 * expected.norm(), name
-    finally:
-        dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one(kind: str) -> None:
-    torch.multiprocessing.spawn(work, (kind, free_port()), nprocs=2)
-
-
-def test_a_head_sharded_on_its_own_is_refused() -> None:
-    torch.multiprocessing.spawn(refuse, (free_port(),), nprocs=2)
+def test_two_processes_give_the_gradients_of_one_and_a_head_sharded_on_its_own_is_refused() -> None:
+    launch(work)
