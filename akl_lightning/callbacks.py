@@ -56,6 +56,7 @@ class AdaptiveWeightMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where a resumed run goes on."""
         self._last_step = trainer.global_step
+        self._weights.clear()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -139,12 +140,13 @@ class HeadTailPlot(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far and their file, so that a resumed run goes on with them."""
-        return {"history": self.history, "path": str(self.path)}
+        return {"history": self.history, "name": self.path.name if self.path else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the run that is resumed."""
         self.history = {name: [tuple(point) for point in points] for name, points in state_dict["history"].items()}
-        self.path = Path(state_dict["path"])
+        if self.path and state_dict["name"]:
+            self.path = self.path.with_name(state_dict["name"])
 
 
 def draw_head_tail(history: dict[str, list[tuple[int, float]]]) -> Figure:
@@ -247,7 +249,17 @@ class LastCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be told when the process shall end. Lightning's own way stops in the middle of an optimizer step."""
+        """Be told when the process shall end. Lightning's own way stops in the middle of an optimizer step.
+
+        Raises:
+            UsageError: the file is another run's.
+        """
+        # Not before: the Trainer knows its ckpt_path only now.
+        if not trainer.ckpt_path and self.path.exists() and self.last_model_path != str(self.path):
+            raise UsageError(
+                f"{self.path} is another run's and is never overwritten: go on from it with ckpt_path, or give another "
+                "dirpath."
+            )
         self._last_step = self._last_written = trainer.global_step
 
         def request_stop(*_: Any) -> None:

@@ -53,31 +53,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Write a file that appears at ``path`` complete, or not at all; one that was there before stays until then.
+    """Write a file that appears at ``path`` complete, in place of what was there, or not at all.
 
-    The body writes to a temporary file beside it, which is synced and then takes its place.
+    The body writes to a temporary file beside it, which is synced and then renamed.
 
-    Raises:
-        UsageError: it cannot be written.
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with atomic_file(Path(parent) / "notes") as file:
+    ...         _ = file.write_text("1")
+    ...     print([path.name for path in Path(parent).iterdir()])
+    ['notes']
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    temporary = Path(name)
+    file = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        _sync(temporary)
-        temporary.replace(path)
+        yield file
+        file.chmod(0o644)
+        _sync(file)
+        file.replace(path)
         _sync(path.parent)
-    except OSError as error:
-        kept = "; the one that was there before is untouched" if path.exists() else ""
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}{kept}. Make room or choose another place, and go on from "
-            "the last checkpoint."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -89,11 +86,15 @@ def _sync(path: Path) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """``path``, or the first of ``path-v1``, ``path-v2``, … that is not taken, as ModelCheckpoint names its files."""
+    """``path``, or the first of ``path-v1``, ``path-v2``, … that is not taken, as ModelCheckpoint names its files.
+
+    A file keeps its suffix: ``figure-v1.png``.
+    """
     candidate, version = path, 0
+    stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
     while candidate.exists():
         version += 1
-        candidate = path.with_name(f"{path.name}-v{version}")
+        candidate = path.with_name(f"{stem}-v{version}{suffix}")
     return candidate
 
 
@@ -105,16 +106,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, and read them without running what is in them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write beside the target, sync, then replace it."""
+        """Write beside the target, sync, then replace it.
+
+        Raises:
+            UsageError: it cannot be written; one that was there before stays.
+        """
         if storage_options is not None or "://" in str(path):  # no local file
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
-            try:
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for unfinished in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
+                unfinished.unlink()
+            with atomic_file(target) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:
-                # A failed write makes torch fail once more as it closes its archive; the first one says why.
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        except (OSError, RuntimeError) as error:
+            # A failed write makes torch fail once more as it closes its archive; the first error says why.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            kept = "; the one that was there before is untouched" if target.exists() else ""
+            raise UsageError(
+                f"cannot write {path}: {cause.strerror or cause}{kept}. Make room or choose another place, and go on "
+                "from the last checkpoint."
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -143,7 +159,9 @@ def _read(path: Path, map_location: Any = "cpu", weights_only: bool = True) -> t
         checkpoint = torch.load(path, map_location, weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError:
         return None, "holds more than tensors and plain data, and code in a checkpoint is never run"
-    except (RuntimeError, EOFError, ValueError):
+    except OSError:
+        raise
+    except Exception:  # whatever a flipped bit makes of a pickle
         return None, "is damaged, cut off or no checkpoint"
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
         return None, "is no checkpoint of Lightning"
@@ -151,7 +169,7 @@ def _read(path: Path, map_location: Any = "cpu", weights_only: bool = True) -> t
 
 
 def newest_checkpoint(folders: Iterable[Path]) -> Path:
-    """The checkpoint that was written last.
+    """The ``last.ckpt`` that was written last, or the newest of the others where there is none.
 
     Args:
         folders: where to look for ``*.ckpt``.
@@ -166,8 +184,8 @@ def newest_checkpoint(folders: Iterable[Path]) -> Path:
             f"there is no checkpoint to go on from in {', '.join(map(str, folders)) or 'any run'}: start the run "
             "without --ckpt_path."
         )
-    # A save writes several files within moments; the last of them is the one to go on from.
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    # Any other may have been written in the middle of an optimizer step, or before the loggers were flushed.
+    return max(found, key=lambda path: (path.stem.startswith("last"), path.stat().st_mtime_ns))
 
 
 def random_states() -> dict[str, Any]:
@@ -209,17 +227,20 @@ def key_by_name(optimizer: Optimizer, module: nn.Module) -> None:
         module: whose parameters it updates.
     """
 
-    def names() -> list[str]:
+    if getattr(optimizer, "keyed_by_name", False):
+        return
+
+    def names(optimizer: Optimizer) -> list[str]:
         by_parameter = {parameter: name for name, parameter in module.named_parameters()}
         return [by_parameter[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
-    def to_names(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        order = names()
+    def to_names(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        order = names(optimizer)
         groups = [{**group, "params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
         return {"state": {order[index]: value for index, value in state["state"].items()}, "param_groups": groups}
 
-    def to_positions(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        order = names()
+    def to_positions(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        order = names(optimizer)
         if not all(isinstance(name, str) for group in state["param_groups"] for name in group["params"]):
             return state
         settings = {name: group for group in state["param_groups"] for name in group["params"]}
@@ -238,5 +259,6 @@ def key_by_name(optimizer: Optimizer, module: nn.Module) -> None:
             "param_groups": groups,
         }
 
+    optimizer.keyed_by_name = True  # type: ignore[attr-defined]
     optimizer.register_state_dict_post_hook(to_names)
     optimizer.register_load_state_dict_pre_hook(to_positions)

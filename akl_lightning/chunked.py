@@ -46,8 +46,33 @@ class Projection:
     head: nn.Module
     soft_cap: float | None = None
 
+    def logits(self) -> Tensor:
+        """All of them, ``[tokens, vocab]``."""
+        logits = self.head(self.hidden)
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
-Logits = Tensor | Projection
+
+@dataclass(frozen=True)
+class TopLogProbs:
+    """A teacher of whom only the likeliest tokens are known, and the mass of all others.
+
+    The others are one bucket: any comparison that sums ``p f(q / p)`` over tokens has the value and the gradient that
+    it has with all of them merged into one token. To that end their mass is spread as the student's is.
+
+    Args:
+        log_probs: ``[tokens, k]``.
+        tokens: which tokens of the vocabulary these are, ``[tokens, k]``, int64.
+        rest: log of the mass of all others, ``[tokens, 1]``.
+        vocab_size: outputs of the teacher.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    rest: Tensor
+    vocab_size: int
+
+
+Logits = Tensor | Projection | TopLogProbs
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
 
 
@@ -112,7 +137,7 @@ def _walk(
     for start in range(0, max(1, tokens), chunk_size):  # no tokens are one empty chunk: the statistics need names
         chunk = slice(start, min(start + chunk_size, tokens))
         logits, target = student.project(chunk), labels[chunk]
-        teacher_logits = None if teacher is None else teacher.project(chunk)
+        teacher_logits = None if teacher is None else teacher.project(chunk, logits)
         for block in range(0, max(1, len(logits)), rows):
             piece = slice(block, min(block + rows, len(logits)))
             beside = None if teacher_logits is None else teacher_logits[piece]
@@ -148,7 +173,7 @@ class _GradientInForward(torch.autograd.Function):
 # One side: ready-made logits, a linear head, or any other head
 
 
-def _inputs(logits: Logits) -> tuple[Tensor, ...]:
+def _inputs(logits: Tensor | Projection) -> tuple[Tensor, ...]:
     """What may get a gradient."""
     if isinstance(logits, Tensor):
         return (logits,)
@@ -164,6 +189,8 @@ def _is_plain(head: nn.Module) -> bool:
 def _side(logits: Logits, with_gradient: bool) -> "_Side":
     if isinstance(logits, Tensor):
         return _Dense(_inputs(logits), with_gradient, logits.shape[-1])
+    if isinstance(logits, TopLogProbs):
+        return _Top((logits.log_probs, logits.tokens, logits.rest), with_gradient, logits.vocab_size)
     if any(isinstance(module, FSDPModule) for module in logits.head.modules()):
         raise UsageError(
             "the output layer is an FSDP unit of its own, whose weight would be gathered chunk by chunk: shard it "
@@ -217,8 +244,8 @@ class _Side(ABC):
         self.cut = buffer.shape[1]
 
     @abstractmethod
-    def project(self, chunk: slice) -> Tensor:
-        """Logits ``[rows, cut]`` in the buffer."""
+    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
+        """Logits ``[rows, cut]`` in the buffer; a teacher is given the student's."""
 
     @abstractmethod
     def fold(self, chunk: slice, gradient: Tensor) -> None:
@@ -226,13 +253,29 @@ class _Side(ABC):
 
 
 class _Dense(_Side):
-    def project(self, chunk: slice) -> Tensor:
+    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
         logits = self.inputs[0].detach()[chunk, : self.cut]
         return self.buffer[: len(logits)].copy_(logits)
 
     def fold(self, chunk: slice, gradient: Tensor) -> None:
         if (total := self.gradients[0]) is not None:
             total[chunk, : self.cut] = gradient
+
+
+class _Top(_Side):
+    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
+        assert student is not None
+        log_probs, tokens, rest = (tensor[chunk] for tensor in self.inputs)
+        logits = self.buffer[: len(log_probs)].copy_(student)
+        row, column = (tokens < self.cut).nonzero(as_tuple=True)  # the student may have fewer outputs
+        known = (row, tokens[row, column])
+        logits[known] = -torch.inf
+        logits += rest - logits.logsumexp(-1, keepdim=True)
+        logits[known] = log_probs[row, column].to(logits.dtype)
+        return logits
+
+    def fold(self, chunk: slice, gradient: Tensor) -> None:
+        raise NotImplementedError("a teacher's side gets no gradient")
 
 
 class _Linear(_Side):
@@ -243,7 +286,7 @@ class _Linear(_Side):
         self.hidden, self.weight = hidden.to(self.dtype), weight[: self.cut].to(self.dtype)
         self.bias = bias[0][: self.cut].to(self.dtype) if bias else None
 
-    def project(self, chunk: slice) -> Tensor:
+    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
         hidden = self.hidden[chunk]
         buffer = self.buffer[: len(hidden)]
         logits = buffer if buffer.dtype == self.dtype else self.weight.new_empty(buffer.shape)
@@ -275,7 +318,7 @@ class _Linear(_Side):
 class _Module(_Side):
     logits: Tensor | None
 
-    def project(self, chunk: slice) -> Tensor:
+    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
         with torch.set_grad_enabled(self.wanted), self.autocast():
             self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wanted)
             self.logits = self.head(self.hidden)[:, : self.cut]

@@ -1,17 +1,20 @@
-"""The Lightning CLI for distillation, with errors in one sentence."""
+"""The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import known_divergences
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 
 LOST_PROCESSES = {
     "DataLoader worker": "a process that prepares batches died, often for want of memory: lower data.num_workers, and "
@@ -33,6 +36,8 @@ class OneSentenceParser(LightningArgumentParser):
             super().error(message, ex)
         if "criterion.divergence" in message and "class_path" not in message:
             message = f"unknown divergence: use one of {', '.join(known_divergences())}.\n{message}"
+        if "argument subcommand" in message:
+            message += ", and akl cache"
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
         raise SystemExit(2) from ex
 
@@ -53,6 +58,16 @@ class DistillationCLI(LightningCLI):
             parser_class=OneSentenceParser,
             **kwargs,
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            root = Path(config.trainer.default_root_dir or ".")
+            config.ckpt_path = str(newest_checkpoint(root.rglob("checkpoints")))
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning lets what a checkpoint remembers beat the flags that are given."""
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -78,3 +93,48 @@ def run_command(main: Callable[[], object]) -> None:
                 raise
             sys.stderr.write(f"error: {lost[0]}\n")
             raise SystemExit(2) from error
+
+
+class CacheCLI(LightningCLI):
+    """The Lightning CLI with the cache's writer as ``--model``; it has no subcommands.
+
+    Args:
+        args: the command line, without the command.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            CacheWriter,
+            InstructionDataModule,
+            save_config_callback=None,
+            trainer_defaults={"logger": False},
+            auto_configure_optimizers=False,
+            parser_class=OneSentenceParser,
+            parser_kwargs={"prog": "akl cache", "description": "Write the cache of a teacher, to train without it."},
+            args=args,
+            run=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse these arguments, which are those of the process but for the command's name."""
+        self.config = parser.parse_args(args)
+
+
+def cache(args: list[str]) -> None:
+    """Write the cache of a teacher: ``akl cache``."""
+    cli = CacheCLI(args)
+    write_cache(cli.model, cli.datamodule, cli.trainer)
+
+
+def main() -> None:
+    """``akl fit|validate|test|predict`` are the Lightning CLI's, ``akl cache`` writes a teacher's cache."""
+    command, args = sys.argv[1:2], sys.argv[2:]
+    if command == ["cache"]:
+        run_command(lambda: cache(args))
+    else:
+        description = "Distil language models. Another command, with its own --help: akl cache, the teacher on disk."
+        run_command(lambda: DistillationCLI(parser_kwargs={"prog": "akl", "description": description}))
+
+
+if __name__ == "__main__":
+    main()

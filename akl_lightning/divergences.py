@@ -29,6 +29,10 @@ class Divergence(nn.Module, ABC):
     head_rule: HeadRule = "cover"
     """How that head is cut."""
 
+    has_reverse_part: bool = True
+    """Whether tokens count by the student's probability as well, and the teacher's tail with them. Forward KL has none;
+    of a divergence that does not say, it is assumed."""
+
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Value per token.
@@ -131,6 +135,8 @@ class AdaptiveKL(WeightedPerToken):
 class ForwardKL(WeightedPerToken):
     """Forward KL, ``KL(p‖q)``."""
 
+    has_reverse_part = False
+
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.forward_kl_from_log_probs(student, teacher)
 
@@ -159,6 +165,7 @@ class WeightedKL(WeightedPerToken):
         super().__init__()
         F.check_fraction("forward_weight", forward_weight)
         self.forward_weight = forward_weight
+        self.has_reverse_part = forward_weight < 1
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.weighted_kl_from_log_probs(student, teacher, self.forward_weight)
@@ -195,7 +202,7 @@ class SkewKL(Divergence):
         super().__init__()
         F.check_fraction("skew", skew)
         self.skew = skew
-        self.reverse = reverse
+        self.reverse = self.has_reverse_part = reverse
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         compare = F.skew_reverse_kl_from_log_probs if self.reverse else F.skew_forward_kl_from_log_probs

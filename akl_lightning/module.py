@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -27,7 +28,12 @@ from akl_lightning.errors import UsageError
 from akl_lightning.metrics import distillation_metrics
 from akl_lightning.models import Batch, SplitModel, check_same_vocabulary, load_causal_lm, tokenizer_of
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
+from akl_lightning.teachers.base import Teacher
+from akl_lightning.teachers.cache import CACHE_PREFIX, CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
+
+LOOK_EVERY_N_STEPS = 10
+"""Optimizer steps after which a loss that is NaN, or a request to stop, is noticed at the latest."""
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -66,7 +72,8 @@ class DistillationModule(LightningModule):
         student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), or a
             module. A module that is no ``transformers`` model is called with the batch and gives logits
             ``[batch, length, vocab]``.
-        teacher: what it learns from, given in the same ways; None only with ``criterion.alpha = 0``.
+        teacher: what it learns from, given in the same ways, or ``cache:`` and the folder that ``akl cache`` has
+            written; None only with ``criterion.alpha = 0``.
         criterion: what a batch costs.
         optimizer: called with the trainable parameters.
         lr_scheduler: the name of a schedule of ``transformers`` that spans the whole run and is stepped with every
@@ -102,12 +109,17 @@ class DistillationModule(LightningModule):
         self.save_hyperparameters(*plain, "warmup_steps", "max_new_tokens", logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
-        models = {"teacher": teacher, "student": student}
+        cached = isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
+        models = {"teacher": None if cached else teacher, "student": student}
         self._tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self._tokenizers["teacher"] and self._tokenizers["student"]:
             check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
         self.student = SplitModel(load_causal_lm(student, trust_remote_code, "student"))
-        self.teacher = None if teacher is None else LiveTeacher(teacher, trust_remote_code)
+        self.teacher: Teacher | None = None
+        if isinstance(teacher, str) and cached:
+            self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
+        elif teacher is not None:
+            self.teacher = LiveTeacher(teacher, trust_remote_code)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -137,9 +149,13 @@ class DistillationModule(LightningModule):
         """Check that student, teacher and data fit together."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit":  # nothing of a fit that was broken off
+            self._window, self._unseen, self._random_states = [], [], []
+            self.stop_requested = self.stop_agreed = False
+            self.train_metrics.reset()
         if self.trainer.world_size > 1:  # torchmetrics has averaged over ranks what Lightning would like to
             warnings.filterwarnings("ignore", message=r".*self\.log\('(train|val|test)/.*sync_dist=True")
-        models: dict[str, SplitModel | LiveTeacher] = {"student": self.student}
+        models: dict[str, SplitModel | Teacher] = {"student": self.student}
         if self.teacher is not None:
             models["teacher"] = self.teacher
         data = getattr(self.trainer, "datamodule", None)
@@ -163,6 +179,8 @@ class DistillationModule(LightningModule):
                 f"whether token {min(sizes.values())} is padding: give models of one vocabulary, or a data module "
                 "with their tokenizer."
             )
+        if self.teacher is not None:
+            self.teacher.check_run(stage, self.trainer, self.criterion)
 
     @property
     def in_step(self) -> bool:
@@ -173,7 +191,7 @@ class DistillationModule(LightningModule):
         """Read the teacher's weights; shard teacher and module where the strategy shards."""
         strategy = None if self._trainer is None else self._trainer.strategy  # load_from_checkpoint has none
         mesh = data_parallel_mesh(strategy)
-        if self.teacher is not None:
+        if self.teacher is not None and not (strategy and self.trainer.predicting):
             self.teacher.load(mesh)
         if isinstance(strategy, FSDPStrategy):  # which wraps the module itself
             strategy.kwargs.setdefault("auto_wrap_policy", wrapping_policy(self.student.model))
@@ -309,8 +327,8 @@ class DistillationModule(LightningModule):
         mine = torch.stack([losses, cross_entropies, tokens, losses.new_tensor(self.stop_requested)])
         totals = self.trainer.strategy.reduce(mine, reduce_op="sum")
         self._unseen.append(Step(self.trainer.global_step, self.current_epoch, window, totals))
-        # Looking waits for the device: on a GPU it is done when the loss is logged, which waits anyway.
-        if totals.device.type == "cpu" or len(self._unseen) >= self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        # Looking waits for the device, which is not done at every step.
+        if totals.device.type == "cpu" or len(self._unseen) >= LOOK_EVERY_N_STEPS:
             self._look_at_losses()
         loss, tokens = totals[0], totals[2].clamp(min=1)
         # Lightning has divided each loss by the micro-batches of a step, and DDP and FSDP the sum by the ranks.
@@ -366,13 +384,17 @@ class DistillationModule(LightningModule):
                 key_by_name(optimizer, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's means so far and each rank's random numbers."""
+        """Add the epoch's means so far, each rank's random numbers, and which teacher a cache stands for."""
         self._look_at_losses()
+        if self.teacher is not None and self.teacher.fingerprint is not None:
+            checkpoint["teacher"] = self.teacher.fingerprint
         if self.in_step:
             rank_zero_warn(
                 f"checkpoint in the middle of an optimizer step: its {len(self._window)} micro-batches so far are "
                 "missing from a run that resumes there. Save after whole steps, as LastCheckpoint does."
             )
+        checkpoint["dealt"] = self._dealt()
+        checkpoint["within_epoch"] = not self.trainer.is_last_batch
         checkpoint["random_states"] = [random_states()]
         if self.trainer.world_size > 1:
             checkpoint["random_states"] *= self.trainer.world_size
@@ -384,13 +406,51 @@ class DistillationModule(LightningModule):
                 checkpoint["train_metrics"][name] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the epoch's means; random numbers wait until training starts."""
+        """Take up the epoch's means; random numbers wait until training starts.
+
+        Raises:
+            UsageError: the checkpoint is of a run with the cache of another teacher.
+        """
+        ours = None if self.teacher is None else self.teacher.fingerprint
+        if ours is not None and checkpoint.get("teacher", ours) != ours:
+            raise UsageError(
+                "the checkpoint was trained with the cache of another teacher, its weights differ: give model.teacher "
+                "that cache, or start a new run."
+            )
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
+        dealt = self._dealt()
+        if checkpoint.get("within_epoch") and checkpoint.get("dealt", dealt) != dealt:
+            raise UsageError(
+                f"the checkpoint lies within an epoch whose samples were dealt to {checkpoint['dealt']}, not to "
+                f"{dealt}: go on with the same, or from a checkpoint at the end of an epoch."
+            )
         self._random_states = checkpoint.get("random_states", [])
-        if self._trainer is not None and self._trainer.is_global_zero:  # sums over ranks, so one of them has it all
+        if self._trainer.is_global_zero:  # sums over ranks, so one of them has it all
             for name, state in checkpoint.get("train_metrics", {}).items():
+                if name not in self.train_metrics:
+                    continue
                 metric = self.train_metrics[name]
                 metric.update()
                 metric.merge_state({key: value.to(metric.device) for key, value in state.items()})
+
+    def _dealt(self) -> str:
+        data = getattr(self.trainer, "datamodule", None)
+        return (
+            f"{self.trainer.world_size} processes x {getattr(data, 'batch_size', '?')} samples x "
+            f"{self.trainer.accumulate_grad_batches} accumulated"
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As Lightning's, but what a checkpoint holds is not run unless ``weights_only=False`` is given.
+
+        Raises:
+            UsageError: a damaged file, of which an older good one is named; a model that has moved.
+        """
+        if isinstance(checkpoint_path, str | Path):
+            AtomicCheckpointIO().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,9 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models import decoder_layers, outline_causal_lm
 
 Wrapped = TypeVar("Wrapped", bound=nn.Module)
+
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What can be read as it stands; narrower ones come with scales that a model class has to know."""
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module, release: bool = False) -> None:
@@ -54,18 +58,25 @@ def load_sharded(
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
-        What ``wrap`` made; None where the weights are no safetensors under the model's own names.
+        What ``wrap`` made; None where the weights are no plain safetensors under the model's own names.
     """
     model = outline_causal_lm(source, trust_remote_code)
-    patterns = ["*.safetensors", "*.json"]
+    patterns = ["model.safetensors", "model-*.safetensors", "*.json"]
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=patterns)
     reader = HuggingFaceStorageReader(folder)
     try:
-        stored = set(reader.read_metadata().state_dict_metadata)
+        stored = reader.read_metadata().state_dict_metadata
     except SafetensorError as error:
         raise UsageError(f"cannot read the weights in {folder}, they are damaged: {error}.") from error
     tied = set(model.all_tied_weights_keys)
-    if not set(model.state_dict()) - tied <= stored:
+    plain = {
+        name
+        for name, tensor in stored.items()
+        if isinstance(tensor, TensorStorageMetadata) and tensor.properties.dtype in PLAIN_DTYPES
+    }
+    files = {path.name for path in Path(folder).glob("*.safetensors")}
+    others = {name for name in files if name != "model.safetensors" and not name.startswith("model-")}
+    if others or len(plain) < len(stored) or not set(model.state_dict()) - tied <= plain:
         return None
     wrapped = wrap(model)
     shard(wrapped, mesh, model, release=True)
@@ -113,6 +124,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def setup(self, trainer: Trainer) -> None:
+        """Evaluate under ``no_grad``: what is gathered in inference mode could not be trained with afterwards."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
     # The base class writes and reads optimizer states by position among *all* parameters, frozen ones included; from
     # here on they go the way of any other strategy.
 
@@ -149,10 +166,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            own = {
-                name: {key: _like(parameters[name], value) for key, value in of.items()}
-                for name, of in state["state"].items()
-            }
+            order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            own = {}
+            for name, of in state["state"].items():  # or position
+                parameter = order[name] if isinstance(name, int) else parameters[name]
+                own[name] = {key: _like(parameter, value) for key, value in of.items()}
             optimizer.load_state_dict({**state, "state": own})
 
 

@@ -42,6 +42,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.models import SplitModel, load_causal_lm
 from akl_lightning.module import DistillationModule
+from akl_lightning.teachers.cache import CACHE_PREFIX
 
 console = Console()
 END_OF_TEXT = "<|endoftext|>"
@@ -75,7 +76,9 @@ def main(args: list[str] | None = None) -> None:
     rows["student after"], answers["student"] = evaluate(trainer, module, data)
     # The teacher in the student's place, compared with itself.
     source = cli.config.model.teacher
-    teacher = DistillationModule(source, source, max_new_tokens=module.max_new_tokens)
+    teacher = DistillationModule(
+        source, source, max_new_tokens=module.max_new_tokens, trust_remote_code=cli.config.model.trust_remote_code
+    )
     rows["teacher"], answers["teacher"] = evaluate(trainer, teacher, data)
 
     if trainer.is_global_zero:
@@ -131,6 +134,8 @@ class Recipe(DistillationCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
+        if str(config.model.teacher).startswith(CACHE_PREFIX):
+            raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
         run, config.ckpt_path = choose_run(Path(config.output_dir), config.ckpt_path)
         # Built once before the teacher's training, so that a mistake in its settings costs no time.
         criterion = config.model.criterion

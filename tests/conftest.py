@@ -10,11 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from tokenizers import ByteLevelBPETokenizer
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
+from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 
 PAIRS = [
     {"instruction": f"Say {word}", "input": "", "output": f"{word} and {word} again" + " yes" * (index % 7)}
@@ -68,6 +71,11 @@ QUIET = {
     "enable_model_summary": False,
 }
 """Trainer settings of a test that looks at parameters and metrics only."""
+
+
+def write(teacher: nn.Module, path: Path, data: object, **settings: object) -> str:
+    """Cache a teacher; what DistillationModule takes in its place."""
+    return f"cache:{write_cache(CacheWriter(teacher, str(path), **settings), data, Trainer(**QUIET))}"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from akl_lightning.callbacks import AdaptiveWeightMonitor, HeadTailPlot, StudentExport, draw_head_tail
+from akl_lightning.callbacks import AdaptiveWeightMonitor, HeadTailPlot, LastCheckpoint, StudentExport, draw_head_tail
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -82,3 +82,17 @@ def test_misuse_is_reported_before_training(data: InstructionDataModule) -> None
         Trainer(**QUIET, callbacks=[StudentExport()]).fit(DistillationModule(Bigram(), gpt2(24)), data)
     with pytest.raises(UsageError, match="every_n_steps must be 1 or more, got 0"):
         AdaptiveWeightMonitor(0)
+
+
+def test_the_last_checkpoint_of_another_run_is_never_overwritten(data: InstructionDataModule, tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt_path: Path | None = None) -> None:
+        settings = {**QUIET, "enable_checkpointing": True, "callbacks": [LastCheckpoint(tmp_path)]}
+        Trainer(**settings, max_epochs=epochs).fit(DistillationModule(gpt2(16), gpt2(24)), data, ckpt_path=ckpt_path)
+
+    fit(1)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(UsageError, match=r"last.ckpt is another run's and is never overwritten: go on from it"):
+        fit(1)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    fit(2, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 1

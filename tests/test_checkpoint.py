@@ -60,6 +60,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already and is never overwritten"), atomic_folder(tmp_path / "model"):
         pass
     assert free_path(tmp_path / "model") == tmp_path / "model-v1"
+    (tmp_path / "figure.png").touch()
+    assert free_path(tmp_path / "figure.png") == tmp_path / "figure-v1.png"
 
 
 def test_a_file_is_whole_or_the_one_before_stays(tmp_path: Path) -> None:

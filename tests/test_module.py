@@ -495,3 +495,54 @@ def test_precisions_of_the_trainer(precision: Any) -> None:
     # Weights in bfloat16 round away most of a small step; the bound of the others is that of their products.
     bound = 0.5 if precision == "bf16-true" else 0.03
     assert (update - (expected - start)).norm() <= bound * (expected - start).norm()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One fit after another
+
+
+def test_a_fit_that_was_broken_off_leaves_nothing_behind() -> None:
+    class Breaks(DistillationModule):
+        broken = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            if batch_idx == 3 and not self.broken:
+                self.broken = True
+                raise KeyError("half of a step is done")
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(1)
+    rows, start = samples(), gpt2(16)
+    module_ = Breaks(copy.deepcopy(start), teacher := gpt2(24), **SGD)
+    fresh = DistillationModule(start, teacher, **SGD)
+    batches = [stack(rows[i : i + 2]) for i in range(0, 8, 2)]
+    settings = {**QUIET, "max_epochs": 1, "accumulate_grad_batches": 4}
+    with pytest.raises(KeyError):
+        Trainer(**settings).fit(module_, loader(batches))
+    module_.stop_requested = module_.stop_agreed = True
+    trainers = [Trainer(**settings), Trainer(**settings)]
+    trainers[0].fit(module_, loader(batches))
+    trainers[1].fit(fresh, loader(batches))
+    assert torch.equal(parameters(module_.student), parameters(fresh.student))
+    assert trainers[0].callback_metrics["train/fkl"] == trainers[1].callback_metrics["train/fkl"]
+    assert not module_.stop_agreed
+
+
+def test_a_checkpoint_loaded_for_a_test_leaves_training_alone(tmp_path: Path, data: InstructionDataModule) -> None:
+    module_ = module()
+    trainer = Trainer(**QUIET, max_epochs=1)
+    trainer.fit(module_, data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    Trainer(**QUIET).test(module_, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    assert module_._random_states == []
+    assert all(metric.compute().isnan() for name, metric in module_.train_metrics.items() if "head_tail" not in name)
+
+
+def test_a_checkpoint_within_an_epoch_wants_the_same_split(tmp_path: Path, data: InstructionDataModule) -> None:
+    module_ = module()
+    trainer = Trainer(**QUIET, max_steps=2)
+    trainer.fit(module_, data)
+    trainer.save_checkpoint(tmp_path / "two steps.ckpt")
+    data.batch_size = 2
+    with pytest.raises(UsageError, match=r"dealt to 1 processes x 4 samples x 1 accumulated, not to 1 processes x 2"):
+        Trainer(**QUIET, max_steps=4).fit(module(), data, ckpt_path=tmp_path / "two steps.ckpt")

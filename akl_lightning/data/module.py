@@ -1,7 +1,7 @@
 """Instruction data for the Trainer."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -130,6 +130,12 @@ class InstructionDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Batches of the test split."""
         return self._loader("test", self._collate)
+
+    def samples(self, split: str, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
+        """Every sample of a split once, on every rank alike, as batches; for looking at them before training."""
+        rows = self.splits[split].select_columns(["prompt_ids", "response_ids"])
+        for batch in rows.iter(batch_size):
+            yield self._collate([dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)])
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts of the test split, left-padded, with the ``index`` of each in ``splits["test"]``, -1 in fillers."""

@@ -184,6 +184,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
         (["--data.max_length", "300"], "data.max_length = 300 is beyond the 256 positions of the"),
         (["--model.student.vocab_size", "2000"], "the student has no output for the token"),
         (["--model.criterion.temperature", "0"], "temperature must be a positive number, got 0"),
+        (["--model.teacher", "cache:somewhere"], "which a cache cannot: train with akl fit"),
         (["--ckpt_path", "last"], "there is no checkpoint to go on from in any run"),
         (["--trainer.precison", "32"], "precison"),
     ],

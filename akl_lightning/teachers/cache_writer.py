@@ -1,0 +1,469 @@
+"""Write a teacher's cache with the Trainer, on whatever devices it has."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm.auto import tqdm
+
+from akl_lightning.checkpoint import atomic_file
+from akl_lightning.chunked import Logits, Projection
+from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.errors import UsageError
+from akl_lightning.models import Batch, load_causal_lm
+from akl_lightning.teachers.cache import (
+    FORMAT,
+    HEAD,
+    MANIFEST,
+    as_words,
+    file_digest,
+    manifest_checksum,
+    open_shard,
+    read_manifest,
+    sample_digests,
+    shows_progress,
+)
+from akl_lightning.teachers.codecs import find_codec
+from akl_lightning.teachers.fingerprint import digest, template_digest, tokenizer_digests, weights_digest
+from akl_lightning.teachers.live import LiveTeacher
+from akl_lightning.teachers.top_k import encode_top_k
+
+Data = LightningDataModule | DataLoader | list[DataLoader]
+
+_INDEX_BYTES = 24
+"""What a sample takes in its shard's index."""
+
+
+class CacheWriter(LightningModule):
+    """Its prediction loop writes a teacher's cache; run it with :func:`write_cache`.
+
+    A shard is named after its checksum and appears complete or not at all. A run that was killed is started again, on
+    as many devices as one likes: it checks the shards that are there and leaves out the samples they hold. More data
+    are added to a finished cache in the same way.
+
+    Args:
+        teacher: a hub name, a local folder, a ``transformers`` config mapping, or a module.
+        path: folder of the cache, which all devices share.
+        codec: how hidden states are stored: ``bfloat16``, ``int8``, ``int4``, or the name of your own.
+        top_k: store this many log-probabilities of the likeliest tokens instead of hidden states.
+        shard_tokens: response tokens of a shard, which is kept in memory until it is full.
+
+    Raises:
+        UsageError: a teacher, codec or folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | dict[str, Any] | str,
+        path: str,
+        codec: str = "int8",
+        top_k: int | None = None,
+        shard_tokens: int = 2**16,
+    ) -> None:
+        super().__init__()
+        for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be 1 or more, got {value}.")
+        self.codec = find_codec(codec)
+        self.path = Path(path).expanduser()
+        self.top_k = top_k
+        self.shard_tokens = shard_tokens
+        model = load_causal_lm(teacher)
+        self.teacher = LiveTeacher(model)
+        self.name = teacher if isinstance(teacher, str) else getattr(model, "name_or_path", "") or type(model).__name__
+        self._lock: FileLock | None = None
+        self._bar = tqdm(disable=True)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Before any work
+
+    def setup(self, stage: str) -> None:
+        """Look at the teacher, the folder, and the shards that are there."""
+        # A second call has nothing of the first one's.
+        self._known: set[bytes] = set()  # samples in complete shards, and those that this process has encoded
+        self._complete: list[dict[str, Any]] = []  # entries of the shards that were there, on every rank alike
+        self._written: list[dict[str, Any]] = []  # entries of the shards that this process has written
+        self._digests: list[bytes] = []  # of the shard to come
+        self._counts: list[int] = []
+        self._parts: list[dict[str, Tensor]] = []
+        self._tokens = 0
+        # Here the whole teacher is at hand on every rank, not sharded yet.
+        head = self._describe()
+        self._check_folder()
+        if self.trainer.is_global_zero:
+            self._reserve_folder(head)
+        self.trainer.strategy.barrier("the folder is there")
+        self._take_complete_shards()
+        self.trainer.strategy.barrier("nobody writes before all have looked")
+        if self.trainer.progress_bar_callback is not None:  # ours counts tokens
+            self.trainer.progress_bar_callback.disable()
+
+    def _describe(self) -> bytes:
+        """Start the manifest, and give the file of the output layer, which is empty with ``top_k``."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, EverySplit):
+            raise UsageError("CacheWriter needs all splits of the data: run it with write_cache.")
+        tokenizer, template = data.tokenizer, data.template
+        self.teacher.check_fits("teacher", tokenizer, data.max_length)
+        model: Any = self.teacher.model.model
+        logits = self._probe(model)
+        head: dict[str, Tensor] = {}
+        if self.top_k is None:
+            layer = logits.head if isinstance(logits, Projection) else None
+            if type(layer) is not nn.Linear:
+                found = "" if layer is None else f" (it is a {type(layer).__name__}; merge an adapter into the model)"
+                raise UsageError(
+                    f"{type(model).__name__} has no linear output layer that turns its hidden states into its logits"
+                    f"{found}: cache its top log-probabilities, with top_k."
+                )
+            head = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
+            vocab_size = layer.out_features
+            self._bytes_per_token = self.codec.bytes_per_token(layer.in_features)
+        else:
+            vocab_size = _dense(logits).shape[-1]
+            if self.top_k >= vocab_size:
+                raise UsageError(f"top_k must be less than the teacher's {vocab_size} outputs, got {self.top_k}.")
+            self._bytes_per_token = sum(p.nbytes for p in encode_top_k(_dense(logits)[:1], self.top_k).values())
+        content = save(head) if head else b""
+        self._manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "complete": False,
+            "teacher": {
+                "name": self.name,
+                "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+                "weights": weights_digest(model),
+            },
+            "tokenizer": None if tokenizer is None else tokenizer_digests(tokenizer),
+            "template": None
+            if tokenizer is None or template is None
+            else {"name": template, "digest": template_digest(template, tokenizer)},
+            "codec": self.codec.name if self.top_k is None else None,
+            "top_k": self.top_k,
+            "vocab_size": vocab_size,
+            "soft_cap": logits.soft_cap if isinstance(logits, Projection) else None,
+            "head": {"file": HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
+            "data": {"max_length": data.max_length},
+            "shards": [],
+        }
+        return content
+
+    def _probe(self, model: nn.Module) -> Logits:
+        """The logits of a few tokens; whether the model splits is looked at on the way."""
+        parameter = next(model.parameters(), torch.empty(0))
+        tokens = torch.arange(8, device=parameter.device)[None]
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return self.teacher(batch, torch.ones_like(tokens, dtype=torch.bool), lambda logits: logits)
+
+    def _check_folder(self) -> None:
+        """A cache may lie there, if it is one of the same teacher, tokenizer, template and codec."""
+        if (self.path / MANIFEST).exists():
+            theirs, ours = _identity(read_manifest(self.path)), _identity(self._manifest)
+            differing = [name for name in theirs | ours if theirs.get(name, ("",))[0] != ours.get(name, ("",))[0]]
+            if differing:
+                said = " and ".join(
+                    f"{name} ({theirs.get(name, ('', 'none'))[1]} there, {ours.get(name, ('', 'none'))[1]} here)"
+                    for name in differing
+                )
+                raise UsageError(f"the cache in {self.path} has another {said}: give another path.")
+        elif self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
+            raise UsageError(f"{self.path} is not empty and no teacher's cache: give another path.")
+
+    def _reserve_folder(self, head: bytes) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UsageError(f"another run is writing to {self.path}: wait for it, or give another path.") from error
+        for leftover in self.path.glob(".*.safetensors.*"):  # of a run that was killed in the middle of a shard
+            leftover.unlink()
+        if not (self.path / MANIFEST).exists():
+            self._write_manifest(self._manifest)
+        if head and not ((self.path / HEAD).exists() and file_digest(self.path / HEAD) == digest(head)):
+            self._write(HEAD, head)
+
+    def _take_complete_shards(self) -> None:
+        """Check every shard that is there, the ranks sharing them out; a damaged one is removed and written again."""
+        trainer = self.trainer
+        files = sorted(self.path.glob("shard-*.safetensors"))[trainer.global_rank :: trainer.world_size]
+        good = []
+        for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
+            checksum = file_digest(file)
+            if file.name == _shard_name(checksum):
+                shard = open_shard(file)
+                entry = _entry(file.name, checksum, file.stat().st_size, len(shard["digests"]), shard["offsets"][-1])
+                good.append((entry, shard["digests"].numpy().tobytes()))
+            else:
+                file.unlink()
+        for entry, digests in self._gather(good):
+            self._complete.append(entry)
+            self._known.update(digests[start : start + 16] for start in range(0, len(digests), 16))
+
+    def on_predict_start(self) -> None:
+        """Say how much there is to do and how large it will be, and refuse what does not fit the disk."""
+        self.teacher.to(self.device)
+        # Sharded, it needs all ranks at every call.
+        self._together = any(isinstance(parameter, DTensor) for parameter in self.teacher.model.parameters())
+        samples, tokens = self._count()
+        size = tokens * self._bytes_per_token + samples * _INDEX_BYTES
+        if not samples and not self._known:
+            raise UsageError("the data have no response token, there is nothing to cache: look at their labels.")
+        head = self._manifest["head"]
+        rank_zero_info(
+            f"Teacher's cache {self.path}: {samples:,} samples with {tokens:,} response tokens to write, "
+            f"{len(self._known):,} samples are there; {_said(size)} at {self._bytes_per_token:,} bytes a token"
+            + (f", and {_said(head['bytes'])} for the output layer" if head else "")
+        )
+        if size > (free := shutil.disk_usage(self.path).free):
+            raise UsageError(f"{_said(size)} do not fit on the disk of {self.path}, {_said(free)} are free: make room.")
+        show = shows_progress(self.trainer)
+        self._bar = tqdm(total=tokens, desc="Teacher", unit="token", unit_scale=True, disable=not show)
+        self._start, self._done = time.perf_counter(), 0
+
+    def _count(self) -> tuple[int, int]:
+        """Samples and response tokens that are to be written, over all ranks."""
+        ranks = self.trainer.world_size
+        totals, seen = torch.zeros(2, dtype=torch.float64), set(self._known)
+        show = shows_progress(self.trainer)
+        with isolate_rng():  # a loader draws a seed
+            batches = self.trainer.datamodule.batches()  # type: ignore[attr-defined]
+            for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
+                positions = _positions(batch)
+                for digest, count in zip(sample_digests(batch, positions), positions.sum(-1).tolist(), strict=True):
+                    if count and digest not in seen:
+                        seen.add(digest)
+                        totals += torch.tensor([1, count]) / (1 if is_share else ranks)
+        totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum")
+        samples, tokens = totals.round().long().tolist()
+        return samples, tokens
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The work
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> int:
+        """Encode the samples of a batch that no shard holds yet; the number of their response tokens."""
+        positions = _positions(batch)
+        digests, counts = sample_digests(batch, positions), positions.sum(-1).tolist()
+        rows = []
+        for row, (digest_, count) in enumerate(zip(digests, counts, strict=True)):
+            if count and digest_ not in self._known:
+                self._known.add(digest_)
+                rows.append(row)
+        asked = rows
+        if self._together and self.trainer.strategy.reduce_boolean_decision(bool(rows), all=False):
+            asked = rows or [0]
+        if not asked:
+            return 0
+        part = {
+            key: value[asked]
+            for key, value in batch.items()
+            if isinstance(value, Tensor) and len(value) == len(positions)
+        }
+        parts = self.teacher(part, positions[asked], self._encode)
+        if not rows:
+            return 0
+        tokens = sum(counts[row] for row in rows)
+        self._digests += [digests[row] for row in rows]
+        self._counts += [counts[row] for row in rows]
+        self._parts.append(parts)
+        self._tokens += tokens
+        self._done += tokens
+        self._bar.update(min(tokens * self.trainer.world_size, self._bar.total - self._bar.n))
+        if self._tokens >= self.shard_tokens:
+            self._flush()
+        return tokens
+
+    def _encode(self, logits: Logits) -> dict[str, Tensor]:
+        if self.top_k is not None:
+            assert isinstance(logits, Tensor | Projection)
+            parts = encode_top_k(logits, self.top_k)
+            finite = not parts["log_probs"].isnan().any()
+        else:
+            assert isinstance(logits, Projection)
+            finite = bool(logits.hidden.isfinite().all())
+            parts = self.codec.encode(logits.hidden)
+        if not finite:
+            raise UsageError(f"the teacher {self.name} gives NaN or infinite values: load it in another precision.")
+        return {name: part.cpu() for name, part in parts.items()}
+
+    def _flush(self) -> None:
+        if not self._digests:
+            return
+        tensors = {name: torch.cat([parts[name] for parts in self._parts]) for name in self._parts[0]}
+        tensors["digests"] = torch.from_numpy(as_words(self._digests).view("<i8").copy())
+        tensors["offsets"] = torch.tensor([0, *np.cumsum(self._counts).tolist()])
+        content = save(tensors)
+        checksum = digest(content)
+        self._write(_shard_name(checksum), content)
+        self._written.append(_entry(_shard_name(checksum), checksum, len(content), len(self._digests), self._tokens))
+        self._digests, self._counts, self._parts, self._tokens = [], [], [], 0
+
+    def on_predict_end(self) -> None:
+        """Write the last shard, and the manifest that makes the cache a finished one."""
+        self._flush()
+        shards = self._complete + self._gather(self._written)
+        done = sum(self._gather([self._done]))
+        seconds = time.perf_counter() - self._start
+        self._bar.close()
+        if self.trainer.is_global_zero:
+            shards.sort(key=lambda entry: entry["file"])
+            words = np.concatenate([open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
+            unique = np.unique(words, axis=0)
+            self._manifest["data"] |= {
+                "samples": len(unique),
+                "tokens": sum(entry["tokens"] for entry in shards),
+                "digest": digest(unique.tobytes()),
+            }
+            self._write_manifest({**self._manifest, "complete": True, "shards": shards})
+        rank_zero_info(
+            f"Teacher's cache {self.path}: {done:,} tokens written in {seconds:,.0f} s, {done / seconds:,.0f} a "
+            f"second; {len(shards)} shards of {_said(sum(entry['bytes'] for entry in shards))}"
+        )
+        self.trainer.strategy.barrier("the manifest is there")
+
+    def close(self) -> None:
+        """Let another run have the folder, and messages a line of their own."""
+        self._bar.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _gather(self, mine: list[Any]) -> list[Any]:
+        """The lists of all ranks, joined."""
+        if self.trainer.world_size == 1:
+            return mine
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, mine)
+        return [item for part in parts for item in part]
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        sealed = {**manifest, "checksum": manifest_checksum(manifest)}
+        self._write(MANIFEST, json.dumps(sealed, indent=2).encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            with atomic_file(self.path / name) as file:
+                file.write_bytes(content)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write {self.path / name} ({error.strerror}): make room and run the same command again, it "
+                "goes on behind the last complete shard."
+            ) from error
+
+
+def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
+    """Write a teacher's cache: ``akl cache`` as a function.
+
+    Args:
+        writer: says of which teacher, where and how.
+        data: gives the samples, those of train, validation and test.
+        trainer: runs the teacher on its devices.
+
+    Returns:
+        The folder, for ``DistillationModule(teacher=f"cache:{path}")``.
+    """
+    try:
+        trainer.predict(writer, datamodule=EverySplit(data), return_predictions=False)
+    finally:
+        writer.close()
+        if trainer.progress_bar_callback is not None:
+            trainer.progress_bar_callback.enable()
+    return writer.path
+
+
+class EverySplit(LightningDataModule):
+    """Train, validation and test data as one sequence of loaders for the prediction loop.
+
+    Args:
+        data: a data module, or loaders.
+    """
+
+    def __init__(self, data: Data) -> None:
+        super().__init__()
+        self.data = data
+        self.tokenizer = getattr(data, "tokenizer", None)
+        self.template = getattr(data, "template", None)
+        self.max_length = getattr(data, "max_length", None)
+
+    def prepare_data(self) -> None:
+        """As the data module does."""
+        if isinstance(self.data, LightningDataModule):
+            self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Set all splits up."""
+        if isinstance(self.data, LightningDataModule):
+            self.data.trainer = self.trainer
+            self.data.setup("fit")
+            self.data.setup("test")
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """The loaders of all splits."""
+        if not isinstance(self.data, LightningDataModule):
+            return self.data if isinstance(self.data, list) else [self.data]
+        loaders: list[DataLoader] = []
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            if is_overridden(name, self.data, LightningDataModule):
+                given = getattr(self.data, name)()
+                loaders += given if isinstance(given, list | tuple) else [given]
+        return loaders
+
+    def batches(self) -> Iterator[tuple[Batch, bool]]:
+        """Every batch, and whether it is this rank's share of the data."""
+        for loader in self.predict_dataloader():
+            is_share = isinstance(loader.sampler, DistributedSampler)
+            yield from ((batch, is_share) for batch in loader)
+
+
+_response_labels = DistillationCriterion().response_labels
+
+
+def _positions(batch: Batch) -> Tensor:
+    for key in ("input_ids", "attention_mask", "labels"):
+        if key not in batch:
+            raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
+    return _response_labels(batch["labels"])[0]
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What all shards of a cache have in common, by what messages call it, and how they say it."""
+    teacher, template = manifest["teacher"], manifest["template"] or {"digest": None, "name": None}
+    digests = {f"tokenizer's {name}": value for name, value in (manifest["tokenizer"] or {}).items()}
+    return {
+        "teacher": (teacher["weights"], f"{teacher['name']!r} with weights {teacher['weights'][:8]}"),
+        **{name: (value, value[:8]) for name, value in digests.items()},
+        "prompt template": (template["digest"], repr(template["name"])),
+        **{name: (manifest[name], str(manifest[name])) for name in ("codec", "top_k")},
+    }
+
+
+def _entry(name: str, checksum: str, size: int, samples: int, tokens: Any) -> dict[str, Any]:
+    return {"file": name, "sha256": checksum, "bytes": size, "samples": samples, "tokens": int(tokens)}
+
+
+def _shard_name(checksum: str) -> str:
+    return f"shard-{checksum[:32]}.safetensors"
+
+
+def _dense(logits: Logits) -> Tensor:
+    assert isinstance(logits, Tensor | Projection)
+    return logits if isinstance(logits, Tensor) else logits.logits()
+
+
+def _said(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

@@ -1,0 +1,48 @@
+"""What makes two teachers, tokenizers or templates the same: digests that a cache is compared by."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from akl_lightning.data.templates import CHAT, render
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of all parameters and buffers, names and precision included."""
+    total = hashlib.sha256()
+    for name, tensor in tqdm(sorted(model.state_dict().items()), desc="Digest of the weights", leave=False):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(memoryview(content.numpy()))
+    return total.hexdigest()
+
+
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digests of what decides the tokens of a text, by what it is."""
+    parts: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        described = json.loads(backend.to_str())
+        model = described["model"]
+        parts["merges"] = [model["type"], model.get("merges")]
+        parts |= {name: described[name] for name in ("normalizer", "pre_tokenizer", "post_processor")}
+    return {name: digest(json.dumps(part, sort_keys=True).encode()) for name, part in parts.items()}
+
+
+def template_digest(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of the prompts that a template gives, whatever it is called."""
+    if template == CHAT:
+        return digest(str(tokenizer.chat_template).encode())
+    return digest(
+        json.dumps([render(template, "{instruction}"), render(template, "{instruction}", "{input}")]).encode()
+    )

@@ -1,0 +1,39 @@
+import copy
+
+from tokenizers.normalizers import Lowercase
+from transformers import PreTrainedTokenizerFast
+
+from akl_lightning.data.templates import ALPACA
+from akl_lightning.teachers.fingerprint import template_digest, tokenizer_digests, weights_digest
+from tests.conftest import gpt2
+
+
+def test_weights_by_name_value_and_precision() -> None:
+    model = gpt2(16)
+    before = weights_digest(model)
+    assert weights_digest(copy.deepcopy(model)) == before
+    assert weights_digest(copy.deepcopy(model).bfloat16()) != before
+    model.lm_head.weight.data[0, 0] += 1e-6
+    assert weights_digest(model) != before
+
+
+def test_a_tokenizer_by_what_decides_its_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    before = tokenizer_digests(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other(["a", "b c"], padding=True, truncation=True, max_length=3)  # leaves its mark in the tokenizer
+    assert tokenizer_digests(other) == before
+    other.backend_tokenizer.normalizer = Lowercase()
+    other.add_tokens(["<extra>"])
+    after = tokenizer_digests(other)
+    assert {name for name in before if before[name] != after[name]} == {"vocabulary", "normalizer"}
+
+
+def test_a_template_by_its_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = template_digest("plain", tokenizer)
+    assert template_digest("alpaca", tokenizer) != plain
+    assert template_digest(ALPACA, tokenizer) != template_digest("alpaca", tokenizer)  # has no place for an input
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages[0].content }}"
+    one = template_digest("chat", other)
+    other.chat_template += "!"
+    assert template_digest("chat", other) != one
