@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def load_causal_lm(
         return AutoModelForCausalLM.from_config(config)
     with _explained(role, source):
         model = AutoModelForCausalLM.from_pretrained(
-            **_location(source), dtype=torch.float32, trust_remote_code=trust_remote_code
+            **_location(source), **_dense(source), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
 
@@ -86,6 +87,12 @@ def _location(source: str) -> dict[str, str]:
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     return {"pretrained_model_name_or_path": source}
+
+
+def _dense(source: str) -> dict[str, Any]:
+    """Unpack the weights of a GGUF file: those left in its blocks can be neither trained nor saved."""
+    config = getattr(transformers, "GgufConfig", None)  # before it came, transformers always unpacked them
+    return {"quantization_config": config(dequantize=True)} if config and source.endswith(".gguf") else {}
 
 
 @contextmanager
