@@ -7,12 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 
@@ -37,7 +39,7 @@ class OneSentenceParser(LightningArgumentParser):
         if "criterion.divergence" in message and "class_path" not in message:
             message = f"unknown divergence: use one of {', '.join(known_divergences())}.\n{message}"
         if "argument subcommand" in message:
-            message += ", and akl cache"
+            message += f", and {', '.join(f'akl {name}' for name in COMMANDS)}"
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
         raise SystemExit(2) from ex
 
@@ -95,22 +97,25 @@ def run_command(main: Callable[[], object]) -> None:
             raise SystemExit(2) from error
 
 
-class CacheCLI(LightningCLI):
-    """The Lightning CLI with the cache's writer as ``--model``; it has no subcommands.
+class WriterCLI(LightningCLI):
+    """The Lightning CLI with a module as ``--model`` that writes something by prediction; it has no subcommands.
 
     Args:
+        module: its class.
+        command: its name.
+        description: what it does.
         args: the command line, without the command.
     """
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, module: type[LightningModule], command: str, description: str, args: list[str]) -> None:
         super().__init__(
-            CacheWriter,
+            module,
             InstructionDataModule,
             save_config_callback=None,
             trainer_defaults={"logger": False},
             auto_configure_optimizers=False,
             parser_class=OneSentenceParser,
-            parser_kwargs={"prog": "akl cache", "description": "Write the cache of a teacher, to train without it."},
+            parser_kwargs={"prog": f"akl {command}", "description": description},
             args=args,
             run=False,
         )
@@ -122,17 +127,29 @@ class CacheCLI(LightningCLI):
 
 def cache(args: list[str]) -> None:
     """Write the cache of a teacher: ``akl cache``."""
-    cli = CacheCLI(args)
+    cli = WriterCLI(CacheWriter, "cache", "Write the cache of a teacher, to train without it.", args)
     write_cache(cli.model, cli.datamodule, cli.trainer)
 
 
+def generate(args: list[str]) -> None:
+    """Write a model's answers to the prompts of a split: ``akl generate``."""
+    cli = WriterCLI(AnswerWriter, "generate", "Write a model's answers to the prompts of a split.", args)
+    cli.trainer.predict(cli.model, cli.datamodule, return_predictions=False)
+    print(f"Answers: {cli.model.path}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"cache": cache, "generate": generate}
+"""What ``akl`` has besides the subcommands of the Lightning CLI, each with its own ``--help``."""
+
+
 def main() -> None:
-    """``akl fit|validate|test|predict`` are the Lightning CLI's, ``akl cache`` writes a teacher's cache."""
-    command, args = sys.argv[1:2], sys.argv[2:]
-    if command == ["cache"]:
-        run_command(lambda: cache(args))
+    """``akl fit|validate|test|predict`` are the Lightning CLI's; the others are :data:`COMMANDS`."""
+    command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is not None:
+        run_command(lambda: command(sys.argv[2:]))
     else:
-        description = "Distil language models. Another command, with its own --help: akl cache, the teacher on disk."
+        others = ", ".join(f"akl {name}" for name in COMMANDS)
+        description = f"Distil language models. Other commands, each with its own --help: {others}."
         run_command(lambda: DistillationCLI(parser_kwargs={"prog": "akl", "description": description}))
 
 

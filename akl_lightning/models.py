@@ -229,6 +229,24 @@ class SplitModel(nn.Module):
                 f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
             )
 
+    def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
+        """Answers to left-padded prompts: token ids ``[batch, new_tokens]``.
+
+        Args:
+            prompts: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
+            arguments: of ``transformers``' ``generate``.
+
+        Raises:
+            UsageError: the model has no such method.
+        """
+        generate = getattr(self.model, "generate", None)
+        if generate is None:
+            raise UsageError(
+                f"{type(self.model).__name__} has no generate method: override the module's generate to answer with it."
+            )
+        tokens = generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], **arguments)
+        return tokens[:, prompts["input_ids"].shape[1] :]
+
     def logits(self, batch: Batch) -> Tensor:
         """The model's own logits, ``[batch, length, vocab]``."""
         if self.causal_lm is None:

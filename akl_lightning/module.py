@@ -199,7 +199,7 @@ class DistillationModule(LightningModule):
             if getattr(strategy, "activation_checkpointing", False):
                 self.student.checkpoint_activations()
             shard(self, mesh, self.student.model)
-            for step in ("training_step", "validation_step", "test_step", "predict_step"):
+            for step in ("training_step", "validation_step", "test_step", "predict_step", "generate"):
                 register_fsdp_forward_method(self, step)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -247,16 +247,12 @@ class DistillationModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The student's greedy answers to left-padded prompts: token ids ``[batch, new_tokens]``."""
-        generate = getattr(self.student.model, "generate", None)
-        if generate is None:
-            raise UsageError(
-                f"{type(self.student.model).__name__} has no generate method: override predict_step to predict with it."
-            )
-        prompts = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        return self.generate(batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+
+    def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
+        """The student's answers; see :meth:`~akl_lightning.models.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
-        together = {"synced_gpus": True} if isinstance(self, FSDPModule) else {}
-        answers = generate(**prompts, **together, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return answers[:, batch["input_ids"].shape[1] :]
+        return self.student.generate(prompts, **arguments, synced_gpus=isinstance(self, FSDPModule))
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""

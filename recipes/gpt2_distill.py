@@ -39,6 +39,8 @@ from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Pair
 from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.answers import Record
+from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.models import SplitModel, load_causal_lm
 from akl_lightning.module import DistillationModule
@@ -65,45 +67,47 @@ def main(args: list[str] | None = None) -> None:
         f"× {trainer.accumulate_grad_batches} accumulated"
     )
 
+    folder, decoding = cli.run_folder / "answers", Decoding(module.max_new_tokens)
     say("[bold]The student before distillation")
     rows, answers = {}, {}
-    rows["student before"], _ = evaluate(trainer, module, data)
+    rows["student before"], _ = evaluate(trainer, module, data, folder / "student-before-{model}.jsonl", decoding)
 
     say("[bold]Distillation")
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
 
     say("[bold]The student after distillation, and the teacher")
-    rows["student after"], answers["student"] = evaluate(trainer, module, data)
+    rows["student after"], answers["student"] = evaluate(
+        trainer, module, data, folder / "student-after-{model}.jsonl", decoding
+    )
     # The teacher in the student's place, compared with itself.
     source = cli.config.model.teacher
-    teacher = DistillationModule(
-        source, source, max_new_tokens=module.max_new_tokens, trust_remote_code=cli.config.model.trust_remote_code
-    )
-    rows["teacher"], answers["teacher"] = evaluate(trainer, teacher, data)
+    teacher = DistillationModule(source, source, trust_remote_code=cli.config.model.trust_remote_code)
+    rows["teacher"], answers["teacher"] = evaluate(trainer, teacher, data, folder / "teacher-{model}.jsonl", decoding)
 
     if trainer.is_global_zero:
         report(cli.run_folder, rows, answers, trainer)
 
 
 def report(
-    run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list[dict[str, str]]], trainer: Trainer
+    run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list[list[Record]]], trainer: Trainer
 ) -> None:
     """Print the comparison and where everything lies."""
     report_path = free_path(run / "report.json")
-    report_path.write_text(json.dumps({"figures": rows, "answers": answers}, indent=2, ensure_ascii=False))
+    report_path.write_text(json.dumps({"figures": rows}, indent=2))
     console.print()
     console.print(comparison_table(rows, "Held-out split: nats and gaps per response token, ROUGE-L in percent"))
     console.print("Some held-out prompts")
     step = max(1, len(answers["student"]) // 4)
-    for student, teacher in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
+    for (student, *_), (teacher, *_) in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
         print(f"\n{student['prompt'].strip()}")
-        print(f"  reference: {student['reference']}")
+        print(f"  reference: {' | '.join(student['references'])}")
         print(f"    teacher: {teacher['answer']}")
         print(f"    student: {student['answer']}")
     export = next(callback for callback in trainer.callbacks if isinstance(callback, StudentExport)).exported
     plot = next(callback for callback in trainer.callbacks if isinstance(callback, HeadTailPlot)).path
     print(f"\nHead and tail error per epoch: {plot}")
-    print(f"Figures and all answers:       {report_path}")
+    print(f"Figures:                       {report_path}")
+    print(f"All answers:                   {run / 'answers'}")
     print(f"Checkpoints:                   {run / 'checkpoints'}")
     print(f"Student, for from_pretrained:  {export}")
     print(f"TensorBoard:                   tensorboard --logdir {run / 'tensorboard'}")

@@ -330,7 +330,7 @@ def test_generated_answers(data: InstructionDataModule) -> None:
     (answers,) = Trainer(**QUIET).predict(module_, data)
     assert answers.shape[0] == 4 and answers.shape[1] <= 5
     assert answers.min() >= 1000
-    with pytest.raises(UsageError, match="Bigram has no generate method: override predict_step"):
+    with pytest.raises(UsageError, match="Bigram has no generate method: override the module's generate"):
         Trainer(**QUIET).predict(DistillationModule(Bigram(), Bigram()), data)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -28,9 +28,10 @@ IGNORE_INDEX = -100
 class InstructionDataModule(LightningDataModule):
     """Instruction pairs as batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
 
-    The prompt's labels are -100; the response ends with the end-of-text token. Batches are padded to their longest
-    member. The loaders of train, validation and test serve each sample exactly once whatever the number of devices;
-    the predict loader gives the test split's prompts, left-padded.
+    The prompt's labels are -100; the response ends with the end-of-text token, and where there is none nothing is to be
+    learnt. Batches are padded to their longest member; ``index`` says which samples of the split they hold. The loaders
+    of train, validation and test serve each sample exactly once whatever the number of devices; the predict loader
+    gives prompts, left-padded.
 
     Args:
         tokenizer: a tokenizer, or the hub name or local folder of one.
@@ -44,6 +45,7 @@ class InstructionDataModule(LightningDataModule):
         test_size: test samples, as a number or a share, where the source has no such split.
         group_by_length: let samples of a step be of similar length, which saves padding.
         num_workers: processes that prepare batches.
+        predict_split: whose prompts are predicted.
         seed: of the order of the samples.
         trust_remote_code: run Python code that comes with the tokenizer.
 
@@ -65,6 +67,7 @@ class InstructionDataModule(LightningDataModule):
         test_size: int | float = 0.05,
         group_by_length: bool = True,
         num_workers: int = 0,
+        predict_split: Literal["train", "validation", "test"] = "test",
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -88,6 +91,7 @@ class InstructionDataModule(LightningDataModule):
         self.test_size = test_size
         self.group_by_length = group_by_length
         self.num_workers = num_workers
+        self.predict_split = predict_split
         self.seed = seed
         self.splits: dict[str, datasets.Dataset] = {}
 
@@ -96,6 +100,8 @@ class InstructionDataModule(LightningDataModule):
         if not self.splits:
             pairs = split_pairs(self.source.load(), self.validation_size, self.test_size)
             self.splits = {split: self._tokenize(split, members) for split, members in pairs.items()}
+        if self.trainer is not None and self.trainer.training and not len(self.splits["train"]):
+            raise UsageError(f"{type(self.source).__name__} has no pairs to train on: give another data.source.")
 
     def _tokenize(self, split: str, pairs: list[Pair]) -> datasets.Dataset:
         if not pairs:
@@ -133,13 +139,13 @@ class InstructionDataModule(LightningDataModule):
 
     def samples(self, split: str, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
         """Every sample of a split once, on every rank alike, as batches; for looking at them before training."""
-        rows = self.splits[split].select_columns(["prompt_ids", "response_ids"])
-        for batch in rows.iter(batch_size):
-            yield self._collate([dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)])
+        rows = _Rows(self.splits[split].select_columns(["prompt_ids", "response_ids"]))
+        for start in range(0, len(rows), batch_size):
+            yield self._collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts of the test split, left-padded, with the ``index`` of each in ``splits["test"]``, -1 in fillers."""
-        return self._loader("test", self._collate_prompts)
+        """Prompts of ``predict_split``, left-padded, with the ``index`` of each in the split, -1 in fillers."""
+        return self._loader(self.predict_split, self.collate_prompts)
 
     def _loader(self, split: str, collate: Any, shuffle: bool = False) -> DataLoader:
         data = self.splits[split]
@@ -174,25 +180,27 @@ class InstructionDataModule(LightningDataModule):
         return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        filler = [self._pad_id]
+        filler = [self.pad_id]
         prompts = [row["prompt_ids"] or filler for row in rows]
         whole = [prompt + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
         labels = [[IGNORE_INDEX] * len(prompt) + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
         return {
-            "input_ids": self._pad(whole, self._pad_id, "right"),
+            "input_ids": self._pad(whole, self.pad_id, "right"),
             "attention_mask": self._pad([[1] * len(row) for row in whole], 0, "right"),
             "labels": self._pad(labels, IGNORE_INDEX, "right"),
+            "index": torch.tensor([row["index"] for row in rows]),
         }
 
-    def _collate_prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [row["prompt_ids"] or [self._pad_id] for row in rows]
+    def collate_prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Rows of a split, each with its ``index``, as left-padded prompts."""
+        prompts = [row["prompt_ids"] or [self.pad_id] for row in rows]
         return {
-            "input_ids": self._pad(prompts, self._pad_id, "left"),
+            "input_ids": self._pad(prompts, self.pad_id, "left"),
             "attention_mask": self._pad([[1] * len(prompt) for prompt in prompts], 0, "left"),
             "index": torch.tensor([row["index"] for row in rows]),
         }
@@ -212,8 +220,8 @@ def _encode(
     prompt_ids = tokenizer(prompts, add_special_tokens=template != CHAT)["input_ids"]
     responses = tokenizer(list(pairs["output"]), add_special_tokens=False)["input_ids"]
     response_ids = [
-        [*response, tokenizer.eos_token_id][: max(0, max_length - len(prompt))]
-        for prompt, response in zip(prompt_ids, responses, strict=True)
+        [*response, tokenizer.eos_token_id][: max(0, max_length - len(prompt))] if output.strip() else []
+        for prompt, response, output in zip(prompt_ids, responses, pairs["output"], strict=True)
     ]
     return {
         "prompt": prompts,
@@ -244,7 +252,7 @@ def split_pairs(
     """Fill the missing splits from the training pairs, by a hash of each pair's name.
 
     Args:
-        pairs: under ``train``, and perhaps under ``validation`` and ``test``.
+        pairs: under ``train``, and perhaps under ``validation`` and ``test``; or under ``test`` alone.
         validation_size: a number (int) or a share (float) of the training pairs.
         test_size: likewise.
 
@@ -255,6 +263,8 @@ def split_pairs(
         UsageError: nothing would be left to train on.
     """
     splits = {split: list(members) for split, members in pairs.items()}
+    if "train" not in splits:  # a test set
+        return {"train": [], "validation": [], **splits}
     train = sorted(splits["train"], key=_digest)
     count, used = len(train), 0
     for split, size in (("validation", validation_size), ("test", test_size)):

@@ -1,16 +1,21 @@
 """Where instruction pairs come from."""
 
 import ast
+import importlib.util
 import inspect
 import json
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import datasets
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
 from akl_lightning.errors import UsageError
@@ -25,6 +30,8 @@ class Pair:
     input: str = ""
     name: str = ""
     """Decides the split; instruction and input decide where it is empty."""
+    references: tuple[str, ...] = ()
+    """Every acceptable response, where there are several."""
 
 
 class Source(ABC):
@@ -32,36 +39,62 @@ class Source(ABC):
 
     @abstractmethod
     def load(self) -> dict[str, list[Pair]]:
-        """Pairs under ``train``, and under ``validation`` and ``test`` where the source knows these splits."""
+        """Pairs under ``train``, and under ``validation`` and ``test`` where the source knows these splits.
+
+        A test set has its pairs under ``test`` alone.
+        """
 
 
 class Docstrings(Source):
-    """The documentation of Python's standard library, read from the running interpreter's own source files.
+    """The documentation of Python's standard library and of installed packages, read from their source files.
 
     The files are parsed, never imported or run. The instruction is a function's, method's or class's qualified name
     and signature; the response is its docstring's first paragraph. Tests, duplicates, and docstrings that are no text
     are dropped.
+
+    Args:
+        packages: installed packages, by the names they are imported by, in addition to the standard library.
+
+    Raises:
+        UsageError: a package that is not installed, or nothing to read.
     """
 
+    def __init__(self, packages: Sequence[str] = ()) -> None:
+        self.packages = tuple(packages)
+
     def load(self) -> dict[str, list[Pair]]:
-        return {"train": list(_read_standard_library())}
+        return {"train": list(_read_docstrings(self.packages))}
 
 
 @cache
-def _read_standard_library() -> tuple[Pair, ...]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in sorted(root.rglob("*.py")) if _is_library(path.relative_to(root))]
+def _read_docstrings(packages: tuple[str, ...]) -> tuple[Pair, ...]:
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [(path, path.relative_to(library)) for path in sorted(library.rglob("*.py"))]
+    for package in packages:
+        root = _folder_of(package)
+        files += [(path, path.relative_to(root.parent)) for path in sorted(root.rglob("*.py"))]
+    files = [(path, relative) for path, relative in files if _is_library(relative)]
     pairs: list[Pair] = []
     names, outputs = set(), set()
-    for path in tqdm(files, desc="Reading docstrings", unit="file", leave=False):
-        for pair in _documented(path, path.relative_to(root)):
+    for path, relative in tqdm(files, desc="Reading docstrings", unit="file", leave=False):
+        for pair in _documented(path, relative):
             if pair.name not in names and pair.output not in outputs:
                 names.add(pair.name)
                 outputs.add(pair.output)
                 pairs.append(pair)
     if not pairs:
-        raise UsageError(f"no docstrings in {root}: use a Python whose standard library is source files.")
+        raise UsageError(f"no docstrings in {library}: use a Python whose standard library is source files.")
     return tuple(pairs)
+
+
+def _folder_of(package: str) -> Path:
+    # The parent of a dotted name would be imported to find it.
+    spec = None if "." in package else importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            f"there is no installed package {package!r} to read docstrings of: install it or leave it out."
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _is_library(path: Path) -> bool:
@@ -104,20 +137,24 @@ def _first_paragraph(docstring: str) -> str:
 
 
 class JsonLines(Source):
-    """A JSON Lines file, an object with texts on each line.
+    """JSON Lines files, an object with texts on each line.
 
     Args:
         path: the file that is split into train, validation and test, or is train where the others are given.
         validation_path: a file of validation pairs.
-        test_path: a file of test pairs.
+        test_path: a file of test pairs; it does without the others.
         instruction: field of the instruction.
         input: field of its input; it may be missing.
-        output: field of the response.
+        output: field of the response, a text or a list of acceptable ones, of which the first is learnt. Pairs without
+            any are dropped, but kept for a test, where they are prompts to answer.
+
+    Raises:
+        UsageError: no file given.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         validation_path: str | None = None,
         test_path: str | None = None,
         instruction: str = "instruction",
@@ -125,12 +162,14 @@ class JsonLines(Source):
         output: str = "output",
     ) -> None:
         self.paths = {"train": path, "validation": validation_path, "test": test_path}
+        if path is None and (test_path is None or validation_path is not None):
+            raise UsageError("JsonLines needs a path: of pairs to split and train on, or a test_path alone.")
         self.fields = (instruction, input, output)
 
     def load(self) -> dict[str, list[Pair]]:
-        return {split: self._read(Path(path)) for split, path in self.paths.items() if path is not None}
+        return {split: self._read(Path(path), split) for split, path in self.paths.items() if path is not None}
 
-    def _read(self, path: Path) -> list[Pair]:
+    def _read(self, path: Path, split: str) -> list[Pair]:
         if not path.is_file():
             raise UsageError(f"there is no file {path}: give data.source.path the path of a JSON Lines file.")
         pairs = []
@@ -138,7 +177,7 @@ class JsonLines(Source):
             for number, line in enumerate(tqdm(lines, desc=f"Reading {path.name}", unit="line", leave=False), 1):
                 if line.strip():
                     pairs.append(self._pair(line, f"{path}, line {number}"))
-        return _usable(pairs, str(path))
+        return _usable(pairs, str(path), split)
 
     def _pair(self, line: str, where: str) -> Pair:
         try:
@@ -180,14 +219,16 @@ class HubDataset(Source):
         loaded = self._load()
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict(train=loaded)
-        if "train" not in loaded:
-            raise UsageError(f"the data set {self.path!r} has no split 'train', only {', '.join(loaded)}.")
+        if not {"train", "test"} & set(loaded):
+            raise UsageError(
+                f"the data set {self.path!r} has neither a split 'train' nor 'test', only {', '.join(loaded)}."
+            )
         splits = {}
         for split in ("train", "validation", "test"):
             if split in loaded:
                 where = f"{self.path}, {split}"
                 pairs = [_pair(row, self.fields, f"{where}, row {index}") for index, row in enumerate(loaded[split])]
-                splits[split] = _usable(pairs, where)
+                splits[split] = _usable(pairs, where, split)
         return splits
 
     def _load(self) -> datasets.Dataset | datasets.DatasetDict:
@@ -202,23 +243,66 @@ class HubDataset(Source):
             ) from error
 
 
-def _pair(record: dict[str, object], fields: tuple[str, str, str], where: str) -> Pair:
+class PaperTestSet(Source):
+    """One of the five test sets of arXiv 2404.02657, from the hub; prompts and references alone.
+
+    Args:
+        name: DollyEval, Self-Instruct, Vicuna, and the responses of 11 and more words of Super-Natural and of Unnatural
+            Instructions.
+    """
+
+    files = {  # noqa: RUF012
+        "dolly": ("MiniLLM/dolly", "valid.jsonl"),
+        "self-inst": ("MiniLLM/self-inst", "valid.jsonl"),
+        "Vicuna": ("MiniLLM/Vicuna", "valid.jsonl"),
+        "sinst": ("MiniLLM/sinst", "11_/valid.jsonl"),
+        "uinst": ("MiniLLM/uinst", "11_/valid.jsonl"),
+    }
+
+    def __init__(self, name: Literal["dolly", "self-inst", "Vicuna", "sinst", "uinst"]) -> None:
+        self.name = name
+
+    def load(self) -> dict[str, list[Pair]]:
+        repository, file = self.files[self.name]
+        try:
+            path = hf_hub_download(repository, file, repo_type="dataset")
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise UsageError(
+                f"cannot fetch {file} of the data set {repository!r}: the hub cannot be reached or has no such file; "
+                "download it and give it as the test_path of JsonLines."
+            ) from error
+        return JsonLines(test_path=path).load()
+
+
+def _pair(record: dict[str, Any], fields: tuple[str, str, str], where: str) -> Pair:
     instruction, input, output = fields
     for field in (instruction, output):
         if field not in record:
             raise UsageError(
                 f"{where} has no field {field!r}, only {', '.join(record)}: name its fields in the source."
             )
-    texts = [record.get(field) or "" for field in (instruction, output, input)]
-    for field, text in zip((instruction, output, input), texts, strict=True):
+    responses = record[output] if isinstance(record[output], list) else [record[output] or ""]
+    for field, text in [(instruction, record[instruction]), *((output, response) for response in responses)]:
         if not isinstance(text, str):
             raise UsageError(f"{where}: the field {field!r} is no text but {text!r}: write it as a string.")
-    return Pair(*map(str, texts))
+    given = record.get(input) or ""
+    if not isinstance(given, str):
+        raise UsageError(f"{where}: the field {input!r} is no text but {given!r}: write it as a string.")
+    references = tuple(response for response in responses if response.strip())
+    first = references[0] if references else ""
+    return Pair(record[instruction], first, given, references=references if len(references) > 1 else ())
 
 
-def _usable(pairs: list[Pair], where: str) -> list[Pair]:
-    """Drop pairs without an instruction or a response, and duplicates; keep the order."""
-    usable = list(dict.fromkeys(pair for pair in pairs if pair.instruction.strip() and pair.output.strip()))
+def _usable(pairs: list[Pair], where: str, split: str) -> list[Pair]:
+    """Drop pairs without an instruction or (but for a test) a response, and duplicates; keep the order."""
+    usable = list(
+        dict.fromkeys(pair for pair in pairs if pair.instruction.strip() and (split == "test" or pair.output.strip()))
+    )
+    if len(usable) < len(pairs):
+        rank_zero_info(
+            f"{where}: {len(pairs) - len(usable)} of {len(pairs)} pairs dropped: no instruction, no response, or there "
+            "twice"
+        )
     if not usable:
         raise UsageError(
             f"{where} has no usable pair left among {len(pairs)}: each needs an instruction and an output."

@@ -1,17 +1,17 @@
 """A table and some answers that compare models on the held-out split."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
 from rich.box import SIMPLE
 from rich.table import Table
-from torchmetrics.text import ROUGEScore
 
 from akl_lightning.data.module import InstructionDataModule
-from akl_lightning.data.sampler import FILLER
+from akl_lightning.evaluation.answers import Record
+from akl_lightning.evaluation.decoding import Decoding
+from akl_lightning.evaluation.generate import AnswerEvaluation
 from akl_lightning.module import DistillationModule
 
 COLUMNS = {
@@ -27,59 +27,30 @@ COLUMNS = {
 
 
 def evaluate(
-    trainer: Trainer, module: DistillationModule, data: InstructionDataModule
-) -> tuple[dict[str, float], list[dict[str, str]]]:
+    trainer: Trainer, module: DistillationModule, data: InstructionDataModule, path: str | Path, decoding: Decoding
+) -> tuple[dict[str, float], list[list[Record]]]:
     """Test a module on the held-out split and let its student answer the prompts.
 
     Args:
         trainer: runs both, on whatever devices it has.
         module: whose student is evaluated against its teacher.
         data: gives the test split.
+        path: the file of the answers, as of :class:`~akl_lightning.evaluation.generate.AnswerEvaluation`.
+        decoding: how they are decoded.
 
     Returns:
-        The figures of :data:`COLUMNS` by name, and per sample ``prompt``, ``reference`` and ``answer``; the same on
-        every rank.
+        What the test has logged, without ``test/``, and the perplexity; for each sample its answers, one for each seed.
+        The same on every rank.
     """
-    (means,) = trainer.test(module, data, verbose=False)
+    evaluation = AnswerEvaluation(path, decoding)
+    trainer.callbacks.append(evaluation)  # type: ignore[attr-defined]
+    try:
+        (means,) = trainer.test(module, data, verbose=False)
+    finally:
+        trainer.callbacks.remove(evaluation)  # type: ignore[attr-defined]
     figures = {name.removeprefix("test/"): value for name, value in means.items()}
     figures["perplexity"] = math.exp(figures["cross_entropy"])
-    answers = generate_answers(trainer, module, data)
-    figures["rouge_l"] = rouge_l(answers)
-    return figures, answers
-
-
-def generate_answers(trainer: Trainer, module: DistillationModule, data: InstructionDataModule) -> list[dict[str, str]]:
-    """The student's greedy answers to the test split's prompts, gathered from all ranks."""
-    predictions: Any = trainer.predict(module, data)
-    mine: dict[int, str] = {}
-    # The Trainer may have been told to predict fewer batches.
-    for answers, batch in zip(predictions, data.predict_dataloader(), strict=False):
-        texts = data.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        mine |= dict(zip(batch["index"].tolist(), texts, strict=True))
-    gathered: list[dict[int, str]] = [mine]
-    if trainer.world_size > 1:
-        gathered = [{} for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(gathered, mine)
-    by_index = {index: text for part in gathered for index, text in part.items() if index != FILLER}
-    return [
-        {
-            "prompt": data.splits["test"][index]["prompt"],
-            "reference": data.splits["test"][index]["output"],
-            "answer": by_index[index].strip(),
-        }
-        for index in sorted(by_index)
-    ]
-
-
-def rouge_l(answers: Sequence[Mapping[str, str]]) -> float:
-    """ROUGE-L of answers to their references: mean F-measure with stemming, times 100.
-
-    >>> rouge_l([{"answer": "the cats sat", "reference": "the cat sat"}])
-    100.0
-    """
-    metric = ROUGEScore(use_stemmer=True, rouge_keys="rougeL")
-    metric.update([answer["answer"] for answer in answers], [answer["reference"] for answer in answers])
-    return 100 * metric.compute()["rougeL_fmeasure"].item()
+    return figures, evaluation.answers
 
 
 def comparison_table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -18,12 +19,13 @@ def digest(content: bytes) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest of all parameters and buffers, names and precision included."""
+    """Digest of all parameters and buffers, names and precision included; called on all ranks, where it is sharded."""
     total = hashlib.sha256()
     for name, tensor in tqdm(sorted(model.state_dict().items()), desc="Digest of the weights", leave=False):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        total.update(memoryview(content.numpy()))
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        total.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        content = whole.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(content.numpy().data)
     return total.hexdigest()
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.chunked import Logits
@@ -66,10 +66,16 @@ class LiveTeacher(Teacher):
                 )
         if not isinstance(self.model, FSDPModule):
             shard(self.model, mesh, self.model.model, release=True)
+        register_fsdp_forward_method(self.model, "generate")
 
     @property
     def vocab_size(self) -> int | None:
         return self._model.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model has positions for, or None where it does not say."""
+        return self._model.max_positions
 
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         self._model.check_fits(name, tokenizer, max_length)

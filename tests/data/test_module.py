@@ -23,10 +23,14 @@ def test_batches(tokenizer, corpus: str) -> None:
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 32, "validation": 2, "test": 2}
     seen = 0
     for batch in data.train_dataloader():
-        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
         assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape
         assert batch["attention_mask"].sum(-1).max() == batch["input_ids"].shape[1], "padded to the longest member"
-        for ids, mask, labels in zip(*batch.values(), strict=True):
+        for ids, mask, labels, index in zip(*batch.values(), strict=True):
+            assert (
+                data.splits["train"][index.item()]["prompt_ids"]
+                == ids[: (labels == -100).logical_and(mask).sum()].tolist()
+            )
             ids, labels = ids[mask.bool()], labels[mask.bool()]
             response = labels != -100
             text = tokenizer.decode(ids[~response])

@@ -15,6 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from akl_lightning.evaluation.answers import read_answers
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
     "--teacher.model.n_layer": "1",
@@ -28,7 +30,6 @@ SMALL = {
     "--trainer.max_epochs": "2",
     "--trainer.limit_val_batches": "4",
     "--trainer.limit_test_batches": "4",
-    "--trainer.limit_predict_batches": "2",
     "--teacher.cache_dir": "cache",
 }
 
@@ -83,9 +84,11 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     assert columns <= set(rows["student after"])
 
     # The last lines say where everything lies, and it lies there.
-    lines = dict(re.findall(r"^(.+?): +(\S.*)$", "\n".join(first.strip().splitlines()[-5:]), re.M))
+    lines = dict(re.findall(r"^(.+?): +(\S.*)$", "\n".join(first.strip().splitlines()[-6:]), re.M))
     assert (folder / lines["Head and tail error per epoch"]).read_bytes().startswith(b"\x89PNG")
-    assert (folder / lines["Figures and all answers"]).is_file()
+    assert (folder / lines["Figures"]).is_file()
+    kept = [read_answers(path) for path in sorted((folder / lines["All answers"]).iterdir())]
+    assert [len(records) for records in kept] == [128] * 3 and kept[0][0]["references"]
     assert (folder / lines["Checkpoints"] / "last.ckpt").is_file()
     logs = folder / lines["TensorBoard"].removeprefix("tensorboard --logdir ")
     events = EventAccumulator(str(logs)).Reload()
@@ -107,7 +110,7 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
 
 
 def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first: str) -> None:
-    half = {"--trainer.limit_test_batches": "2", "--trainer.limit_predict_batches": "1"}
+    half = {"--trainer.limit_test_batches": "2"}
     output = run(folder, "--model.criterion.divergence.init_args.mu", "0.6", **{"--trainer.devices": "2", **half})
     assert output.count("Tokenizer and teacher: found in") == 2  # each process looks, none builds
     assert "Teacher: training" not in output

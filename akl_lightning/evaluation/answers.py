@@ -1,0 +1,198 @@
+"""A model's answers in a JSON Lines file, which a run that was broken off goes on from."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from akl_lightning.checkpoint import atomic_file
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sampler import FILLER
+from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.decoding import Decoding
+
+Record = dict[str, Any]
+"""``instruction``, ``input``, ``prompt``, ``references``, ``answer``, ``seed`` (None for greedy), and the settings:
+``model`` (digest of its weights), ``max_new_tokens``, ``temperature`` (0 for greedy), ``top_p``."""
+
+_SETTINGS = ("model", "max_new_tokens", "temperature", "top_p")
+
+
+class AnswerFile:
+    """The answers of one model to the prompts of a split.
+
+    While a run is on, each process appends to a file of its own beside ``path`` (``.part0`` and so on); in the end
+    they become one.
+
+    Args:
+        path: the file.
+        model: what tells the model from others, a digest of its weights.
+        decoding: how its answers are decoded.
+    """
+
+    def __init__(self, path: str | Path, model: str, decoding: Decoding) -> None:
+        self.path = Path(path)
+        self.decoding = decoding
+        sampled = bool(decoding.seeds)
+        self.settings = dict(
+            zip(
+                _SETTINGS,
+                (
+                    model[:16],
+                    decoding.max_new_tokens,
+                    decoding.temperature if sampled else 0.0,
+                    decoding.top_p if sampled else 1.0,
+                ),
+                strict=True,
+            )
+        )
+        self._records: dict[tuple[str, int | None], Record] = {}
+        self._seen: dict[int, None] = {}
+
+    def open(self, trainer: Trainer) -> None:
+        """Read what is there already. Called on every rank.
+
+        Raises:
+            UsageError: the file cannot be read or written, or holds answers of other settings.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            found = [record for file in (self.path, *self._parts()) if file.exists() for record in _read(file)]
+            self._part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write answers to {self.path} ({error.strerror}): give another path.") from error
+        for record in found:
+            differing = [name for name in _SETTINGS if record.get(name) != self.settings[name]]
+            if differing:
+                said = " and ".join(f"{name} {record.get(name)} (now {self.settings[name]})" for name in differing)
+                raise UsageError(f"{self.path} holds answers with {said}: give another path.")
+        self._keep(record for records in _gather(trainer, found) for record in records)
+
+    def answer(
+        self,
+        trainer: Trainer,
+        data: InstructionDataModule,
+        indices: list[int],
+        split: str,
+        generate: Callable[..., Tensor],
+        together: bool = False,
+    ) -> None:
+        """Answer the prompts of a batch that have no answer yet, and write the answers down.
+
+        Args:
+            trainer: of the run.
+            data: has the prompts.
+            indices: of the samples in the split.
+            split: which one.
+            generate: takes left-padded prompts and settings of ``generate``, gives token ids ``[batch, new_tokens]``.
+            together: ranks have to generate at the same time, because the model is sharded over them.
+        """
+        rows = {index: data.splits[split][index] for index in indices if index != FILLER}
+        self._seen |= dict.fromkeys(rows)
+        for seed in self.decoding.seeds or (None,):
+            missing = {i: row for i, row in rows.items() if (row["prompt"], seed) not in self._records}
+            if together and trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
+                asked = list(missing.values()) or [data.splits[split][0]]
+            elif missing:
+                asked = list(missing.values())
+            else:
+                continue
+            batch = data.collate_prompts([{"index": FILLER, **row} for row in asked])
+            batch = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
+            tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed))
+            texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            # Asked may be a row that only keeps the others company.
+            records = [self._record(row, seed, text) for row, text in zip(missing.values(), texts, strict=False)]
+            self._keep(records)
+            self._part.writelines(_line(record) for record in records)
+            self._part.flush()
+            os.fsync(self._part.fileno())
+
+    def _record(self, row: Mapping[str, Any], seed: int | None, answer: str) -> Record:
+        record = {name: row[name] for name in ("instruction", "input", "prompt")}
+        return {**record, "references": references(row), "answer": answer.strip(), "seed": seed, **self.settings}
+
+    def close(self, trainer: Trainer, data: InstructionDataModule, split: str) -> list[list[Record]]:
+        """Make one file of the processes' own. Called on every rank.
+
+        Returns:
+            For each sample that was seen its answers, one for each seed; the same on every rank.
+        """
+        self._part.close()
+        parts = _gather(trainer, (list(self._seen), list(self._records.values())))
+        for _, records in parts:
+            self._keep(records)
+        seen = sorted({index for indices, _ in parts for index in indices})
+        # Samples may share a prompt, and differ in what is expected of it.
+        groups = [
+            [
+                {**self._records[row["prompt"], seed], "references": references(row)}
+                for seed in self.decoding.seeds or (None,)
+            ]
+            for row in (data.splits[split][index] for index in seen)
+        ]
+        written = {(record["prompt"], record["seed"]) for group in groups for record in group}
+        others = [record for key, record in self._records.items() if key not in written]  # of an earlier run
+        if trainer.is_global_zero:
+            with atomic_file(self.path) as file, file.open("w", encoding="utf-8") as lines:
+                lines.writelines(_line(record) for group in [*groups, others] for record in group)
+        trainer.strategy.barrier("the answers are one file")
+        if trainer.local_rank == 0:
+            for part in self._parts():
+                part.unlink(missing_ok=True)
+        return groups
+
+    def _keep(self, records: Iterable[Record]) -> None:
+        self._records |= {(record["prompt"], record["seed"]): record for record in records}
+
+    def _parts(self) -> list[Path]:
+        return sorted(file for file in self.path.parent.iterdir() if file.name.startswith(f"{self.path.name}.part"))
+
+
+def references(row: Mapping[str, Any]) -> list[str]:
+    """The acceptable answers of a sample; none where its output is empty."""
+    return list(row.get("references") or [row["output"]] * bool(row["output"].strip()))
+
+
+def read_answers(path: str | Path) -> list[Record]:
+    """The records of a file of answers.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"there is no file of answers {path}: give the one that akl generate or akl test has written.")
+    return _read(Path(path))
+
+
+def _read(file: Path) -> list[Record]:
+    records, lines = [], file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            record["prompt"], record["answer"], record["seed"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # cut off when the process was killed
+                break
+            raise UsageError(f"{file}, line {number} is no answer ({error!r}): mend or remove the line.") from error
+        records.append(record)
+    return records
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _gather(trainer: Trainer, mine: Any) -> list[Any]:
+    parts = [mine]
+    if trainer.world_size > 1:
+        parts = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, mine)
+    return parts

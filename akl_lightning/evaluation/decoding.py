@@ -1,0 +1,87 @@
+"""How an answer is decoded: greedily, or drawn in a way that a run can be repeated and broken off anywhere."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from akl_lightning.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded.
+
+    Args:
+        max_new_tokens: length of an answer.
+        seeds: an answer is drawn for each of them, in the paper 10, 20, 30, 40 and 50; none for one greedy answer.
+        temperature: of the draw.
+        top_p: the smallest set of likeliest tokens with this mass is drawn from; 1 for all.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    max_new_tokens: int = 256
+    seeds: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"decoding.max_new_tokens must be 1 or more, got {self.max_new_tokens}.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"decoding.seeds must differ, got {list(self.seeds)}.")
+        if not self.temperature > 0:
+            raise UsageError(f"decoding.temperature must be above 0, got {self.temperature}; give no seeds for greedy.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"decoding.top_p must be above 0 and at most 1, got {self.top_p}.")
+
+    def arguments(self, prompts: Sequence[str], seed: int | None) -> dict[str, Any]:
+        """What ``transformers``' ``generate`` is called with.
+
+        Args:
+            prompts: the texts of the rows.
+            seed: of this answer; None for greedy.
+        """
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if seed is not None:
+            draw = SeededDraw(prompts, seed, self.max_new_tokens)
+            arguments["logits_processor"] = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+            if self.top_p < 1:
+                arguments["logits_processor"].append(TopPLogitsWarper(self.top_p))
+            arguments["logits_processor"].append(draw)
+        return arguments
+
+
+class SeededDraw(LogitsProcessor):
+    """Leaves but one token in each row, drawn with numbers that depend on the seed and the row's prompt alone.
+
+    ``generate`` draws a whole batch from one stream, so that an answer would depend on what else is in the batch: on
+    the number of devices, and on where an interrupted run goes on.
+
+    Args:
+        prompts: of the rows.
+        seed: of the draw.
+        length: of the answers, in tokens.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int, length: int) -> None:
+        generators = [torch.Generator().manual_seed(_seed_of(prompt, seed)) for prompt in prompts]
+        self.draws = torch.stack([torch.rand(length, generator=generator) for generator in generators])
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draw = self.draws[:, self.step, None].to(scores.device, torch.float64)
+        self.step += 1
+        mass = scores.double().softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(mass, draw * mass[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _seed_of(prompt: str, seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{prompt}".encode(), digest_size=7).digest())

@@ -1,0 +1,181 @@
+"""Let a model answer the prompts of a split, under the Trainer: in a test, or for its own sake."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.answers import AnswerFile, Record
+from akl_lightning.evaluation.decoding import Decoding
+from akl_lightning.evaluation.diversity import diversity
+from akl_lightning.evaluation.rouge import rouge_l
+from akl_lightning.models import Batch
+from akl_lightning.module import DistillationModule
+from akl_lightning.parallel import data_parallel_mesh
+from akl_lightning.teachers.fingerprint import weights_digest
+from akl_lightning.teachers.live import LiveTeacher
+
+
+class AnswerEvaluation(Callback):
+    """Let the student answer the test split's prompts while it is tested, and log how good the answers are.
+
+    Logged: ``test/rouge_l`` (percent), the mean over the seeds, and ``test/rouge_l_sd``, their standard deviation;
+    ``test/`` and each figure of :func:`~akl_lightning.evaluation.diversity.diversity`. The answers are kept in a file;
+    a test that is repeated or was broken off takes them from there.
+
+    Args:
+        path: the file; ``{model}`` in it stands for a digest of the student's weights, so that different students do
+            not meet. ``answers-{model}.jsonl`` in the Trainer's ``default_root_dir`` where it is not given.
+        decoding: how the answers are decoded.
+
+    Raises:
+        UsageError: no :class:`~akl_lightning.data.module.InstructionDataModule`; prompts and answers that are longer
+            than the student; a file with answers of other settings.
+    """
+
+    def __init__(self, path: str | Path | None = None, decoding: Decoding = Decoding()) -> None:  # noqa: B008
+        self.path = path
+        self.decoding = decoding
+        self.answers: list[list[Record]] = []
+        """For each sample of the last test its answers, one for each seed."""
+        self.written: Path | None = None
+        """Their file."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there are prompts, and somebody to answer them."""
+        if stage != "test":
+            return
+        if not isinstance(pl_module, DistillationModule):
+            raise UsageError("AnswerEvaluation needs a DistillationModule: remove the callback.")
+        check_prompts(self.decoding, _data(trainer), pl_module.student.max_positions)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for answers that are there already."""
+        assert isinstance(pl_module, DistillationModule)
+        model = weights_digest(pl_module.student.model)
+        path = Path(trainer.default_root_dir) / "answers-{model}.jsonl" if self.path is None else self.path
+        self._file = AnswerFile(str(path).replace("{model}", model[:8]), model, self.decoding)
+        self._file.open(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Answer the prompts of the batch."""
+        assert isinstance(pl_module, DistillationModule)
+        sharded = isinstance(pl_module, FSDPModule)
+        self._file.answer(trainer, _data(trainer), batch["index"].tolist(), "test", pl_module.generate, sharded)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the answers are worth."""
+        self.answers = self._file.close(trainer, _data(trainer), "test")
+        self.written = self._file.path
+        figures = answer_figures(self.answers)
+        pl_module.log_dict({f"test/{name}": float(value) for name, value in figures.items() if value == value})
+
+
+def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
+    """ROUGE-L and diversity of answers.
+
+    Args:
+        answers: for each sample its answers, one for each seed.
+
+    Returns:
+        ``rouge_l`` in percent, the mean over seeds; with several seeds ``rouge_l_sd``, their standard deviation; and
+        the figures of :func:`~akl_lightning.evaluation.diversity.diversity`.
+    """
+    scores = [
+        rouge_l([record["answer"] for record in column], [record["references"] for record in column])
+        for column in zip(*answers, strict=True)
+    ]
+    figures = {"rouge_l": statistics.fmean(scores)}
+    if len(scores) > 1:
+        figures["rouge_l_sd"] = statistics.stdev(scores)
+    return figures | diversity([[record["answer"] for record in group] for group in answers])
+
+
+def check_prompts(decoding: Decoding, data: InstructionDataModule, positions: int | None) -> None:
+    """Raise :class:`UsageError` where a prompt and its answer are longer than the model."""
+    longest = data.max_prompt_length + decoding.max_new_tokens
+    if positions and longest > positions:
+        raise UsageError(
+            f"data.max_prompt_length + decoding.max_new_tokens = {longest} is beyond the {positions} positions of the "
+            "model: lower one of them."
+        )
+
+
+def _data(trainer: Trainer) -> InstructionDataModule:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, InstructionDataModule):
+        raise UsageError("answers need prompts and references: give the Trainer an InstructionDataModule.")
+    return data
+
+
+class AnswerWriter(LightningModule):
+    """Write a model's answers to the prompts of a split: ``akl generate``, or ``trainer.predict`` with this module.
+
+    The split is ``data.predict_split``. A file of answers is a source of pairs for sequence-level distillation:
+    ``JsonLines("answers.jsonl", output="answer")``. Under ``fsdp2`` the model is sharded.
+
+    Args:
+        model: a hub name, a local folder, a ``transformers`` config mapping, or a module.
+        path: the file of answers; a run that was broken off goes on with it.
+        decoding: how the answers are decoded.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        UsageError: a model that cannot be had; as for :class:`AnswerEvaluation`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | dict[str, Any] | str,
+        path: str | Path,
+        decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.language_model = LiveTeacher(model, trust_remote_code)
+        self.path = Path(path)
+        self.decoding = decoding
+
+    def setup(self, stage: str) -> None:
+        """Check that prompts and answers fit the model."""
+        data = _data(self.trainer)
+        self.language_model.check_fits("model", data.tokenizer, None)
+        check_prompts(self.decoding, data, self.language_model.max_positions)
+
+    def configure_model(self) -> None:
+        """Read the weights."""
+        self.language_model.load(data_parallel_mesh(self.trainer.strategy))
+
+    def on_predict_start(self) -> None:
+        """Look for answers that are there already."""
+        self.language_model.to(self.device)
+        self._file = AnswerFile(self.path, weights_digest(self.language_model.model.model), self.decoding)
+        self._file.open(self.trainer)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Answer the prompts of the batch."""
+        data = _data(self.trainer)
+        sharded = isinstance(self.language_model.model, FSDPModule)
+        self._file.answer(self.trainer, data, batch["index"].tolist(), data.predict_split, self._generate, sharded)
+
+    def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
+        model = self.language_model.model.eval()
+        return model.generate(prompts, **arguments, synced_gpus=isinstance(model, FSDPModule))
+
+    def on_predict_end(self) -> None:
+        """Make one file of what the processes have written."""
+        data = _data(self.trainer)
+        self._file.close(self.trainer, data, data.predict_split)
