@@ -32,7 +32,8 @@ def load_causal_lm(
 
     Args:
         source: a hub name or local folder, the path of a GGUF file, a ``transformers`` config as a mapping
-            (``model_type`` and sizes; the weights are new), or a module, which is returned as it is.
+            (``model_type`` and sizes; the weights are new), some layers of another model as a mapping (``layers_of``,
+            which is a source, and ``keep``; see :func:`prune_layers`), or a module, which is returned as it is.
         trust_remote_code: run Python code that comes with the model.
         role: what an error calls it.
 
@@ -41,9 +42,14 @@ def load_causal_lm(
     """
     if isinstance(source, nn.Module):
         return source
+    if isinstance(source, Mapping) and "layers_of" in source:
+        if set(source) != {"layers_of", "keep"}:
+            raise UsageError(f"a {role} made of layers_of another needs keep, the numbers of these, and nothing else.")
+        whole = load_causal_lm(source["layers_of"], trust_remote_code, role)
+        return prune_layers(whole, source["keep"])  # type: ignore[arg-type]
     if isinstance(source, Mapping):
         if "model_type" not in source:
-            raise UsageError(f"the model config {dict(source)} has no model_type: name one, gpt2 for example.")
+            raise UsageError(f"the {role}'s config {dict(source)} has no model_type: name one, gpt2 for example.")
         try:
             config = AutoConfig.for_model(**source)
         except ValueError as error:
@@ -118,6 +124,8 @@ def tokenizer_of(
     source: nn.Module | Mapping[str, Any] | str | None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model's weights, or None where nothing says which it is."""
+    if isinstance(source, Mapping):
+        source = source.get("layers_of")
     name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else source
     if not isinstance(name, str) or not name:
         return None

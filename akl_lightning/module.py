@@ -69,9 +69,9 @@ class DistillationModule(LightningModule):
     top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step.
 
     Args:
-        student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), or a
-            module. A module that is no ``transformers`` model is called with the batch and gives logits
-            ``[batch, length, vocab]``.
+        student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), some
+            layers of another model (``{layers_of: models/large, keep: [0, 2, 4]}``), or a module. A module that is no
+            ``transformers`` model is called with the batch and gives logits ``[batch, length, vocab]``.
         teacher: what it learns from, given in the same ways, or ``cache:`` and the folder that ``akl cache`` has
             written; None only with ``criterion.alpha = 0``.
         criterion: what a batch costs.
