@@ -1,6 +1,7 @@
 """Body and head of the common decoder families, at sizes that build in milliseconds."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreT
 from akl_lightning.chunked import Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models import SplitModel, prune_layers
+from akl_lightning.models import SplitModel, load_causal_lm, prune_layers
 from tests.conftest import gpt2
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -188,3 +189,15 @@ def test_layers_that_depend_on_their_number_are_noticed() -> None:
 
     with pytest.raises(UsageError, match="its layers depend on their numbers"):
         prune_layers(Numbered(build("gpt2").config), [0, 2])
+
+
+def test_a_student_made_of_layers_by_its_config(tmp_path: Path) -> None:
+    teacher = build("llama")
+    teacher.save_pretrained(tmp_path)
+    student = load_causal_lm({"layers_of": str(tmp_path), "keep": [0, 2]})
+    expected = prune_layers(teacher, [0, 2]).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in student.state_dict().items())
+    assert student.training
+    for wrong in ({"layers_of": str(tmp_path)}, {"layers_of": str(tmp_path), "keep": [0], "n_layer": 1}):
+        with pytest.raises(UsageError, match="a student made of layers_of another needs keep"):
+            load_causal_lm(wrong, role="student")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from akl_lightning.data.module import InstructionDataModule, split_pairs
-from akl_lightning.data.sources import Docstrings, HubDataset, JsonLines, Pair
+from akl_lightning.data.sources import Docstrings, HubDataset, JsonLines, Pair, PaperTestSet
 from akl_lightning.data.templates import render
 from akl_lightning.errors import UsageError
 
@@ -95,6 +95,28 @@ def test_docstrings_of_the_standard_library() -> None:
     # unittest is part of the library, the library's own tests are not
     assert "unittest.case.TestCase.assertEqual" in pairs
     assert not any(name.startswith("test.") or ".tests." in name or "site-packages" in name for name in pairs)
+
+
+def test_docstrings_of_installed_packages() -> None:
+    pairs = {pair.name: pair for pair in Docstrings(["filelock"]).load()["train"]}
+    assert len(pairs) > 4000
+    assert any(name.startswith("filelock.") for name in pairs)
+    for wrong in ("no_such_package", "os.path", "six"):
+        with pytest.raises(UsageError, match=f"there is no installed package '{wrong}'"):
+            Docstrings([wrong]).load()
+
+
+def test_test_sets(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": ["b", "c"]}, {"instruction": "d", "input": "e", "output": ""}]
+    path = write(tmp_path / "t.jsonl", *rows)
+    several, none = JsonLines(test_path=path).load()["test"]
+    assert several == Pair("a", "b", references=("b", "c"))
+    assert none == Pair("d", "", "e")
+    assert [pair.instruction for pair in JsonLines(path).load()["train"]] == ["a"], "nothing to learn of the other"
+    with pytest.raises(UsageError, match="JsonLines needs a path"):
+        JsonLines()
+    with pytest.raises(UsageError, match=r"cannot fetch valid\.jsonl of the data set 'MiniLLM/Vicuna'.*test_path"):
+        PaperTestSet("Vicuna").load()
 
 
 def test_fields_named_by_the_user(tmp_path: Path) -> None:

@@ -105,6 +105,31 @@ def test_another_batch_is_another_update(folder: Path, whole: dict[str, Any]) ->
     assert apart(results(trainer)["weights"], whole["sgd"]["weights"]) > 1e-3
 
 
+PRECISIONS = ("bf16-mixed", "bf16-true")
+
+
+def work_in_lower_precision(rank: int, folder: Path, strategy: str) -> None:
+    for precision in PRECISIONS:
+        trainer, _ = fit(folder, "sgd", 8, 1, strategy=strategy, devices=2, precision=precision)
+        found = results(trainer)
+        if rank == 0:
+            torch.save(found, folder / f"{strategy}, {precision}.pt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_in_lower_precision(folder: Path, strategy: str) -> None:
+    launch(work_in_lower_precision, folder, strategy)
+    start = {name: value.double() for name, value in module_of(folder).state_dict().items()}
+    for precision in PRECISIONS:
+        found = torch.load(folder / f"{strategy}, {precision}.pt")
+        trainer, _ = fit(folder, "sgd", 16, 1, precision=precision)
+        whole = results(trainer)
+        moved = {name: value - start[name] for name, value in whole["weights"].items()}
+        ours = {name: value - start[name] for name, value in found["weights"].items()}
+        assert apart(ours, moved) <= 0.02
+        assert found["metrics"]["val/divergence"] == pytest.approx(whole["metrics"]["val/divergence"], rel=0.02)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes(folder: Path, whole: dict[str, Any], strategy: str) -> None:
     launch(work, folder, strategy)

@@ -260,9 +260,10 @@ def test_two_nodes(folder: Path, strategy: str) -> None:
     ("trainer", "workers", "sentence"),
     [
         ({"strategy": "ddp", "devices": 2}, 0, "error: another process of this run died: look at its messages"),
+        ({"strategy": "fsdp2", "devices": 2}, 0, "error: another process of this run died: look at its messages"),
         ({}, 1, "error: a process that prepares batches died, often for want of memory: lower data.num_workers"),
     ],
-    ids=["rank", "worker"],
+    ids=["rank", "rank, sharded", "worker"],
 )
 def test_when_a_process_dies_the_run_ends_in_one_sentence(
     folder: Path, trainer: dict[str, Any], workers: int, sentence: str
