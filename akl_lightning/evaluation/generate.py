@@ -165,11 +165,12 @@ class AnswerWriter(LightningModule):
         self._file = AnswerFile(self.path, weights_digest(self.language_model.model.model), self.decoding)
         self._file.open(self.trainer)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Answer the prompts of the batch."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> int:
+        """Answer the prompts of the batch; how many there are."""
         data = _data(self.trainer)
         sharded = isinstance(self.language_model.model, FSDPModule)
         self._file.answer(self.trainer, data, batch["index"].tolist(), data.predict_split, self._generate, sharded)
+        return len(batch["index"])
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         model = self.language_model.model.eval()
