@@ -201,3 +201,40 @@ def test_a_student_made_of_layers_by_its_config(tmp_path: Path) -> None:
     for wrong in ({"layers_of": str(tmp_path)}, {"layers_of": str(tmp_path), "keep": [0], "n_layer": 1}):
         with pytest.raises(UsageError, match="a student made of layers_of another needs keep"):
             load_causal_lm(wrong, role="student")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_from_a_gguf_file_is_trained_and_saved(tmp_path: Path, packed: bool) -> None:
+    """Its weights may be packed in the file; the model's are not."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for name, size in {"block_count": 1, "context_length": 64, "embedding_length": 32, "head_count": 2}.items():
+        getattr(writer, f"add_{name}")(size)
+    writer.add_feed_forward_length(64)
+    writer.add_vocab_size(60)
+    writer.add_layer_norm_rms_eps(1e-5)
+    sizes = {"token_embd": (60, 32), "output": (60, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
+    sizes |= {"blk.0.ffn_down": (32, 64), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    sizes |= {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
+    for name, size in sizes.items():
+        weight = torch.randn(size).numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if packed and len(size) == 2 else None
+        packed_weight = weight if kind is None else gguf.quants.quantize(weight, kind)
+        writer.add_tensor(f"{name}.weight", packed_weight, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    model = load_causal_lm(str(tmp_path / "tiny.gguf"))
+    ids = torch.arange(10)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    again = load_causal_lm(str(tmp_path / "saved"))
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
