@@ -1,5 +1,6 @@
 """The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
+from akl_lightning.evaluation.judge import judge
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 
@@ -40,6 +43,8 @@ class OneSentenceParser(LightningArgumentParser):
             message = f"unknown divergence: use one of {', '.join(known_divergences())}.\n{message}"
         if "argument subcommand" in message:
             message += f", and {', '.join(f'akl {name}' for name in COMMANDS)}"
+        # A key may stand behind a flag that is spelled wrongly.
+        message = re.sub(r"(?i)(--[\w-]*key[\w-]*[ =]+)\S+", r"\1[key]", message)
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
         raise SystemExit(2) from ex
 
@@ -138,7 +143,16 @@ def generate(args: list[str]) -> None:
     print(f"Answers: {cli.model.path}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"cache": cache, "generate": generate}
+def judge_answers(args: list[str]) -> None:
+    """Let a judge model compare two models' answers: ``akl judge``."""
+    parser = OneSentenceParser(prog="akl judge", description="Let a judge model compare the answers of two models.")
+    parser.add_function_arguments(judge, skip={"endpoint"}, as_positional=True)
+    names = parser.add_class_arguments(ChatEndpoint)
+    config = parser.parse_args(args)
+    judge(config.answers_a, config.answers_b, ChatEndpoint(**{name: config[name] for name in names}), config.output)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"cache": cache, "generate": generate, "judge": judge_answers}
 """What ``akl`` has besides the subcommands of the Lightning CLI, each with its own ``--help``."""
 
 
