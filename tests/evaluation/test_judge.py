@@ -417,7 +417,7 @@ def test_a_fault_is_asked_again(serve: Any, files: tuple[str, str], tmp_path: Pa
         return None
 
     server = serve(faulty)
-    result = judge(*files, endpoint(server, timeout=0.8), str(tmp_path / "judge"))
+    result = judge(*files, endpoint(server, timeout=2.0, max_concurrency=12), str(tmp_path / "judge"))
     assert [result[name]["count"] for name in ("win", "tie", "loss")] == [3, 1, 2]
     assert len(server.requests) == 24
     assert len((tmp_path / "judge/replies.jsonl").read_text().splitlines()) == 12
@@ -430,8 +430,8 @@ def test_a_fault_is_asked_again(serve: Any, files: tuple[str, str], tmp_path: Pa
         ("500", "the endpoint answers 500 (<html>oops</html>)"),
         ("broken JSON", "the answer is no chat completion"),
         ("dropped", "the connection failed (RemoteProtocolError"),
-        ("silent", "no answer within timeout = 0.8 seconds"),
-        ("trickling", "no answer within timeout = 0.8 seconds"),
+        ("silent", "no answer within timeout = 1.5 seconds"),
+        ("trickling", "no answer within timeout = 1.5 seconds"),
     ],
 )
 def test_a_judge_that_never_answers_is_given_up(
@@ -441,20 +441,20 @@ def test_a_judge_that_never_answers_is_given_up(
         return rate(request) if number < 3 else FAULTS[fault](handler)
 
     server, output = serve(dead_from_the_third_on), str(tmp_path / "judge")
-    settings = {"timeout": 0.8, "max_concurrency": 1, "max_retries": 1}
+    settings = {"timeout": 1.5, "max_concurrency": 1, "max_retries": 0}
     with pytest.raises(UsageError) as error:
         judge(*files, endpoint(server, **settings), output)
     assert "5 of 6 pairs are not judged yet (3 requests in a row got no reply, the last one for this" in str(
         error.value
     )
     assert said in str(error.value) and "run the same command again" in str(error.value)
-    assert len(server.requests) == 3 + 3 * 2
+    assert len(server.requests) == 3 + 3
     result = json.loads((tmp_path / "judge/result.json").read_text())
     assert result["unanswered"] == 5 and result["replies"] == 3 and result["win"]["count"] == 1
 
     server.behave = well
     result = judge(*files, endpoint(server), output)
-    assert len(server.requests) == 9 + 9, "what was answered is not asked again"
+    assert len(server.requests) == 6 + 9, "what was answered is not asked again"
     assert result["unanswered"] == 0 and json.loads((tmp_path / "judge/result.json").read_text()) == result
     assert not (tmp_path / "judge/result-v1.json").exists()
 
