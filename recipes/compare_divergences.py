@@ -1,7 +1,7 @@
 """Compare divergences: every baseline x several seeds on the same data, with the same budget, from the same start.
 
     python recipes/compare_divergences.py --teacher TEACHER --output runs/compare_gpt2
-    python recipes/compare_divergences.py --setting recipes/compare_smollm2.yaml --train_size 512 --output runs/smollm2
+    python recipes/compare_divergences.py --setting recipes/compare_smollm2.yaml --train_size 320 --output runs/smollm2
     python recipes/compare_divergences.py --baselines [akl,fkl,rkl] --seeds [0,1,2,3,4] ...
 
 A setting is a configuration file for ``akl fit``; a baseline is another one from ``recipes/baselines``, merged into it.
