@@ -24,7 +24,8 @@ from akl_lightning.checkpoint import atomic_file
 from akl_lightning.chunked import Logits, Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch, load_causal_lm
+from akl_lightning.models import Batch
+from akl_lightning.parallel import data_parallel_mesh
 from akl_lightning.teachers.cache import (
     FORMAT,
     HEAD,
@@ -38,7 +39,7 @@ from akl_lightning.teachers.cache import (
     shows_progress,
 )
 from akl_lightning.teachers.codecs import find_codec
-from akl_lightning.teachers.fingerprint import digest, template_digest, tokenizer_digests, weights_digest
+from akl_lightning.teachers.fingerprint import digest, template_digest, tokenizer_digests, weights_digest, whole
 from akl_lightning.teachers.live import LiveTeacher
 from akl_lightning.teachers.top_k import encode_top_k
 
@@ -82,9 +83,10 @@ class CacheWriter(LightningModule):
         self.path = Path(path).expanduser()
         self.top_k = top_k
         self.shard_tokens = shard_tokens
-        model = load_causal_lm(teacher)
-        self.teacher = LiveTeacher(model)
-        self.name = teacher if isinstance(teacher, str) else getattr(model, "name_or_path", "") or type(model).__name__
+        self.teacher = LiveTeacher(teacher)
+        self.name = (
+            teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "") or type(teacher).__name__
+        )
         self._lock: FileLock | None = None
         self._bar = tqdm(disable=True)
 
@@ -101,7 +103,8 @@ class CacheWriter(LightningModule):
         self._counts: list[int] = []
         self._parts: list[dict[str, Tensor]] = []
         self._tokens = 0
-        # Here the whole teacher is at hand on every rank, not sharded yet.
+        # Where the strategy shards, no rank ever holds the whole of it.
+        self.teacher.load(data_parallel_mesh(self.trainer.strategy))
         head = self._describe()
         self._check_folder()
         if self.trainer.is_global_zero:
@@ -111,6 +114,9 @@ class CacheWriter(LightningModule):
         self.trainer.strategy.barrier("nobody writes before all have looked")
         if self.trainer.progress_bar_callback is not None:  # ours counts tokens
             self.trainer.progress_bar_callback.disable()
+
+    def configure_model(self) -> None:
+        """Do nothing: :meth:`setup`, which looks at the teacher, has sharded it already."""
 
     def _describe(self) -> bytes:
         """Start the manifest, and give the file of the output layer, which is empty with ``top_k``."""
@@ -130,7 +136,7 @@ class CacheWriter(LightningModule):
                     f"{type(model).__name__} has no linear output layer that turns its hidden states into its logits"
                     f"{found}: cache its top log-probabilities, with top_k."
                 )
-            head = {name: tensor.detach().contiguous() for name, tensor in layer.state_dict().items()}
+            head = {name: whole(tensor.detach()).contiguous() for name, tensor in layer.state_dict().items()}
             vocab_size = layer.out_features
             self._bytes_per_token = self.codec.bytes_per_token(layer.in_features)
         else:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -22,11 +22,15 @@ def weights_digest(model: nn.Module) -> str:
     """Digest of all parameters and buffers, names and precision included; called on all ranks, where it is sharded."""
     total = hashlib.sha256()
     for name, tensor in tqdm(sorted(model.state_dict().items()), desc="Digest of the weights", leave=False):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        total.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
-        content = whole.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
         total.update(content.numpy().data)
     return total.hexdigest()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor gathered on every rank, where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
 from akl_lightning.data.module import InstructionDataModule
@@ -34,24 +34,16 @@ def data(folder: Path) -> InstructionDataModule:
     return InstructionDataModule(tokenizer, JsonLines(str(folder / "pairs.jsonl")), **sizes)
 
 
-class Sharded(CacheWriter):
-    """Its teacher is sharded when it is on its device."""
-
-    def on_predict_start(self) -> None:
-        self.teacher.to(self.device)
-        fully_shard(self.teacher.model.model.transformer.h[0])
-        fully_shard(self.teacher.model)
-        super().on_predict_start()
-        assert self._together
-
-
-def write(folder: Path, name: str, ranks: int, kind: type[CacheWriter] = CacheWriter) -> None:
-    writer = kind(str(folder / "teacher"), str(folder / name), shard_tokens=60)
-    write_cache(writer, data(folder), trainer(ranks))
+def write(folder: Path, name: str, ranks: int, **settings: Any) -> None:
+    writer = CacheWriter(str(folder / "teacher"), str(folder / name), shard_tokens=60)
+    write_cache(writer, data(folder), trainer(ranks, **settings))
+    if settings:
+        parameters = list(writer.teacher.model.parameters())
+        assert all(parameter.to_local().numel() < parameter.numel() for parameter in parameters)
 
 
 def trainer(ranks: int, **settings: Any) -> Trainer:
-    return Trainer(**QUIET, devices=ranks, strategy="ddp" if ranks > 1 else "auto", **settings)
+    return Trainer(**{**QUIET, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **settings})
 
 
 def train(folder: Path, name: str, ranks: int) -> None:
@@ -143,7 +135,8 @@ def test_another_number_of_devices_goes_on(folder: Path) -> None:
 
 def test_a_sharded_teacher(folder: Path) -> None:
     write(folder, "one", 1)
-    on_two(write, folder, "sharded", 2, Sharded)
+    on_two(partial(write, strategy="fsdp2"), folder, "sharded", 2)
+    assert manifest(folder, "sharded")["teacher"] == manifest(folder, "one")["teacher"]
     assert manifest(folder, "sharded")["data"] == manifest(folder, "one")["data"]
     assert manifest(folder, "sharded")["head"] == manifest(folder, "one")["head"]
     assert torch.allclose(hidden(folder, "one"), hidden(folder, "sharded"), atol=0.02)

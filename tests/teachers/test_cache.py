@@ -151,9 +151,10 @@ def test_any_order_split_padding_and_loader(
     # Plain loaders, padded on the left, with nothing but batches.
     batch = next(iter(data.samples("train", 8)))
     width = batch["labels"].shape[1] + 5
-    left = {key: torch.full((8, width), -100 if key == "labels" else 0) for key in batch}
+    fillers = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    left = {key: torch.full((8, width), filler) for key, filler in fillers.items()}
     for row, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
-        for key in batch:
+        for key in fillers:
             left[key][row, width - length :] = batch[key][row, :length]
     module_ = module(f"cache:{cache}")
     positions, _ = module_.criterion.response_labels(batch["labels"])
