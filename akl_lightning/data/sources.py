@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import platform
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ class Source(ABC):
     def load(self) -> dict[str, list[Pair]]:
         """Pairs under ``train``, and under ``validation`` and ``test`` where the source knows these splits."""
 
+    @property
+    def description(self) -> str:
+        """What they are, in a few words, for model cards."""
+        return type(self).__name__
+
 
 class Docstrings(Source):
     """The documentation of Python's standard library, read from the running interpreter's own source files.
@@ -42,6 +48,10 @@ class Docstrings(Source):
     and signature; the response is its docstring's first paragraph. Tests, duplicates, and docstrings that are no text
     are dropped.
     """
+
+    @property
+    def description(self) -> str:
+        return f"the documentation of Python {platform.python_version()}'s standard library"
 
     def load(self) -> dict[str, list[Pair]]:
         return {"train": list(_read_standard_library())}
@@ -127,6 +137,10 @@ class JsonLines(Source):
         self.paths = {"train": path, "validation": validation_path, "test": test_path}
         self.fields = (instruction, input, output)
 
+    @property
+    def description(self) -> str:
+        return ", ".join(Path(path).name for path in self.paths.values() if path is not None)
+
     def load(self) -> dict[str, list[Pair]]:
         return {split: self._read(Path(path)) for split, path in self.paths.items() if path is not None}
 
@@ -175,6 +189,10 @@ class HubDataset(Source):
         self.name = name
         self.data_files = data_files
         self.fields = (instruction, input, output)
+
+    @property
+    def description(self) -> str:
+        return self.path if self.name is None else f"{self.path}, {self.name}"
 
     def load(self) -> dict[str, list[Pair]]:
         loaded = self._load()

@@ -68,6 +68,14 @@ class LiveTeacher(Teacher):
             shard(self.model, mesh, self.model.model, release=True)
 
     @property
+    def description(self) -> str:
+        return self._model.description
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
     def vocab_size(self) -> int | None:
         return self._model.vocab_size
 
