@@ -112,7 +112,7 @@ class LastCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             logger.save()
         self.last_model_path = str(self.path)
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self._due, self._last_written = False, trainer.global_step
         if pl_module.stop_agreed:
             rank_zero_info(f"stopped as asked after optimizer step {trainer.global_step}; go on from {self.path}")

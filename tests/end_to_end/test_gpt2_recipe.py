@@ -83,12 +83,15 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     assert columns <= set(rows["student after"])
 
     # The last lines say where everything lies, and it lies there.
-    lines = dict(re.findall(r"^(.+?): +(\S.*)$", "\n".join(first.strip().splitlines()[-5:]), re.M))
+    lines = dict(re.findall(r"^(.+?): +(\S.*)$", "\n".join(first.strip().splitlines()[-6:]), re.M))
     assert (folder / lines["Head and tail error per epoch"]).read_bytes().startswith(b"\x89PNG")
     assert (folder / lines["Figures and all answers"]).is_file()
     assert (folder / lines["Checkpoints"] / "last.ckpt").is_file()
+    assert (folder / lines["The best by validation"] / "model.safetensors").is_file()
     logs = folder / lines["TensorBoard"].removeprefix("tensorboard --logdir ")
     events = EventAccumulator(str(logs)).Reload()
+    assert set(events.Tags()["images"]) == {"head_tail_error", "head_weight_map", "distributions"}
+    assert "compression ratio" in first and "Trained 2 epochs" in first
     assert {"train/head_error", "val/tail_error", "train/head_weight_step"} <= set(events.Tags()["scalars"])
 
     student = AutoModelForCausalLM.from_pretrained(folder / lines["Student, for from_pretrained"])
