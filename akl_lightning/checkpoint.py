@@ -85,6 +85,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise :class:`UsageError` unless files can be written to a folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder.") from error
+
+
 def free_path(path: Path) -> Path:
     """``path``, or the first of ``path-v1``, ``path-v2``, … that is not taken, as ModelCheckpoint names its files.
 

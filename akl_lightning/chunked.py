@@ -8,7 +8,7 @@ scales it. (Gradients in the forward pass, chunk by chunk: Liger-Kernel, arXiv 2
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,16 @@ class TopLogProbs:
 
 Logits = Tensor | Projection | TopLogProbs
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
+
+
+def rows_of(logits: Logits, tokens: slice) -> Logits:
+    """Those of some tokens alone."""
+    if isinstance(logits, Tensor):
+        return logits[tokens]
+    if isinstance(logits, Projection):
+        return replace(logits, hidden=logits.hidden[tokens])
+    parts = {name: getattr(logits, name)[tokens] for name in ("log_probs", "tokens", "rest")}
+    return replace(logits, **parts)
 
 
 def project_and_compare(

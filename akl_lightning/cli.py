@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import akl_lightning.callbacks  # noqa: F401 (so that --trainer.callbacks knows them by their names)
 from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import known_divergences

@@ -195,6 +195,13 @@ class SplitModel(nn.Module):
         return getattr(self.model, "config", None)
 
     @property
+    def description(self) -> str:
+        """Class of the model, and where its weights came from if that is known."""
+        model = self.causal_lm if self.causal_lm is not None else self.model
+        name = getattr(model, "name_or_path", "")
+        return f"{type(model).__name__} {name}".strip()
+
+    @property
     def max_positions(self) -> int | None:
         """Longest sequence that the model has positions for, or None where it does not say."""
         return getattr(self.config, "max_position_embeddings", None)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
-from transformers import get_scheduler
+from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
-from akl_lightning.chunked import Logits
+from akl_lightning.chunked import Logits, project_and_compare, rows_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.errors import UsageError
+from akl_lightning.functional import log_probs
 from akl_lightning.metrics import distillation_metrics
 from akl_lightning.models import Batch, SplitModel, check_same_vocabulary, load_causal_lm, tokenizer_of
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
@@ -165,13 +166,8 @@ class DistillationModule(LightningModule):
             if tokenizer is not None and (own := self._tokenizers[name]) is not None:
                 check_same_vocabulary(own, tokenizer, (name, "data"))
             model.check_fits(name, tokenizer, getattr(data, "max_length", None))
-        if stage == "predict" and (limit := self.student.max_positions):
-            longest = getattr(data, "max_prompt_length", 0) + self.max_new_tokens
-            if longest > limit:
-                raise UsageError(
-                    f"data.max_prompt_length + model.max_new_tokens = {longest} is beyond the {limit} positions of the "
-                    "student: lower one of them."
-                )
+        if stage == "predict":
+            self.check_answers_fit()
         known = any(self._tokenizers.values()) or tokenizer is not None
         if len(set(sizes.values())) > 1 and not known:
             raise UsageError(
@@ -181,6 +177,22 @@ class DistillationModule(LightningModule):
             )
         if self.teacher is not None:
             self.teacher.check_run(stage, self.trainer, self.criterion)
+
+    def check_answers_fit(self) -> None:
+        """Raise :class:`UsageError` unless the student has positions for the data's prompts and answers to them."""
+        data = getattr(self.trainer, "datamodule", None)
+        longest, limit = getattr(data, "max_prompt_length", 0) + self.max_new_tokens, self.student.max_positions
+        if limit and longest > limit:
+            raise UsageError(
+                f"data.max_prompt_length + model.max_new_tokens = {longest} is beyond the {limit} positions of the "
+                "student: lower one of them."
+            )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The data module's, else the one that lies beside student or teacher, or None."""
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        return getattr(data, "tokenizer", None) or self._tokenizers["student"] or self._tokenizers["teacher"]
 
     @property
     def in_step(self) -> bool:
@@ -199,7 +211,8 @@ class DistillationModule(LightningModule):
             if getattr(strategy, "activation_checkpointing", False):
                 self.student.checkpoint_activations()
             shard(self, mesh, self.student.model)
-            for step in ("training_step", "validation_step", "test_step", "predict_step", "generate"):
+            methods = ("training_step", "validation_step", "test_step", "predict_step", "generate", "distributions")
+            for step in methods:
                 register_fsdp_forward_method(self, step)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -223,6 +236,44 @@ class DistillationModule(LightningModule):
 
         # One inside the other, so that both heads' weights are at hand, gathered once, however they are sharded.
         return beside(None) if self.teacher is None else self.teacher(batch, positions, beside)
+
+    @torch.no_grad()
+    def distributions(self, batch: Batch, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's distributions at a few response positions, softened as the criterion's, to look at.
+
+        Only these tokens are projected onto the vocabulary. Every rank has to call it where models are sharded.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, as for training.
+            tokens: which of the batch's response tokens.
+
+        Returns:
+            Probabilities of student and teacher, each ``[tokens, vocab]``, cut to the common vocabulary.
+
+        Raises:
+            UsageError: no teacher.
+        """
+        if self.teacher is None:
+            raise UsageError("the module has no teacher: give it one to compare the student with.")
+        # A cache finds a sample by all of its response positions.
+        positions, labels = self.criterion.response_labels(batch["labels"])
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, *_: Any) -> dict[str, Tensor]:
+            assert teacher is not None
+            temperature = self.criterion.temperature
+            pairs.append((log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()))
+            return {"loss": student.new_zeros(len(labels))}
+
+        def beside(teacher: Logits) -> None:
+            def compare(student: Logits) -> None:
+                project_and_compare(rows_of(student, tokens), rows_of(teacher, tokens), labels[tokens], keep)
+
+            self.student(batch, positions, compare)
+
+        self.teacher(batch, positions, beside)
+        student, teacher = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return student, teacher
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss (a sum over response tokens) and per-token statistics, which callbacks find in ``outputs``."""

@@ -32,7 +32,17 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 import akl_lightning
-from akl_lightning.callbacks import AdaptiveWeightMonitor, HeadTailPlot, LastCheckpoint, StudentExport
+from akl_lightning.callbacks import (
+    AdaptiveWeightMonitor,
+    DistillationProgressBar,
+    DistillationSummary,
+    DistributionPlot,
+    HeadTailPlot,
+    HeadWeightMap,
+    LastCheckpoint,
+    SampledAnswers,
+    StudentExport,
+)
 from akl_lightning.checkpoint import atomic_folder, free_path, newest_checkpoint
 from akl_lightning.cli import DistillationCLI, run_command
 from akl_lightning.criterion import DistillationCriterion
@@ -103,13 +113,15 @@ def report(
         print(f"  reference: {' | '.join(student['references'])}")
         print(f"    teacher: {teacher['answer']}")
         print(f"    student: {student['answer']}")
-    export = next(callback for callback in trainer.callbacks if isinstance(callback, StudentExport)).exported
+    export = next(callback for callback in trainer.callbacks if isinstance(callback, StudentExport))
     plot = next(callback for callback in trainer.callbacks if isinstance(callback, HeadTailPlot)).path
     print(f"\nHead and tail error per epoch: {plot}")
     print(f"Figures:                       {report_path}")
     print(f"All answers:                   {run / 'answers'}")
     print(f"Checkpoints:                   {run / 'checkpoints'}")
-    print(f"Student, for from_pretrained:  {export}")
+    print(f"Student, for from_pretrained:  {export.exported}")
+    if export.exported_best:
+        print(f"The best by validation:        {export.exported_best}")
     print(f"TensorBoard:                   tensorboard --logdir {run / 'tensorboard'}")
 
 
@@ -154,9 +166,20 @@ class Recipe(DistillationCLI):
             HeadTailPlot(str(run)),
             StudentExport(str(run / "student")),
         ]
+        own = [callback.class_path for callback in config.trainer.callbacks or []]
+        if config.trainer.enable_progress_bar is not False and not any(path.endswith("ProgressBar") for path in own):
+            self.trainer_defaults["callbacks"].append(DistillationProgressBar())
+        if config.trainer.enable_model_summary is not False:
+            self.trainer_defaults["callbacks"].append(DistillationSummary())
         if not config.trainer.fast_dev_run:
+            if config.trainer.logger is not False:
+                self.trainer_defaults["callbacks"] += [
+                    AdaptiveWeightMonitor(every_n_steps=10),
+                    HeadWeightMap(),
+                    DistributionPlot(),
+                    SampledAnswers(),
+                ]
             self.trainer_defaults["callbacks"] += [
-                AdaptiveWeightMonitor(every_n_steps=10),
                 # Beside the logs, not below them: the folder must be found again whatever version the logger counts.
                 ModelCheckpoint(run / "checkpoints", monitor="val/divergence", save_on_train_epoch_end=False),
                 LastCheckpoint(run / "checkpoints", every_n_steps=50),
@@ -255,6 +278,7 @@ def prepare_teacher(
             settings = data.as_dict() | {"source": source, "tokenizer": tokenizer, "batch_size": batch_size}
             trainer = Trainer(
                 max_epochs=max_epochs,
+                callbacks=[DistillationProgressBar()],
                 devices=1,
                 gradient_clip_val=1.0,
                 logger=False,

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import json
+import platform
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,11 @@ class Source(ABC):
         A test set has its pairs under ``test`` alone.
         """
 
+    @property
+    def description(self) -> str:
+        """What they are, in a few words, for model cards."""
+        return type(self).__name__
+
 
 class Docstrings(Source):
     """The documentation of Python's standard library and of installed packages, read from their source files.
@@ -61,6 +67,11 @@ class Docstrings(Source):
 
     def __init__(self, packages: Sequence[str] = ()) -> None:
         self.packages = tuple(packages)
+
+    @property
+    def description(self) -> str:
+        also = "".join(f", of {package}" for package in self.packages)
+        return f"the documentation of Python {platform.python_version()}'s standard library{also}"
 
     def load(self) -> dict[str, list[Pair]]:
         return {"train": list(_read_docstrings(self.packages))}
@@ -166,6 +177,10 @@ class JsonLines(Source):
             raise UsageError("JsonLines needs a path: of pairs to split and train on, or a test_path alone.")
         self.fields = (instruction, input, output)
 
+    @property
+    def description(self) -> str:
+        return ", ".join(Path(path).name for path in self.paths.values() if path is not None)
+
     def load(self) -> dict[str, list[Pair]]:
         return {split: self._read(Path(path), split) for split, path in self.paths.items() if path is not None}
 
@@ -215,6 +230,10 @@ class HubDataset(Source):
         self.data_files = data_files
         self.fields = (instruction, input, output)
 
+    @property
+    def description(self) -> str:
+        return self.path if self.name is None else f"{self.path}, {self.name}"
+
     def load(self) -> dict[str, list[Pair]]:
         loaded = self._load()
         if isinstance(loaded, datasets.Dataset):
@@ -261,6 +280,10 @@ class PaperTestSet(Source):
 
     def __init__(self, name: Literal["dolly", "self-inst", "Vicuna", "sinst", "uinst"]) -> None:
         self.name = name
+
+    @property
+    def description(self) -> str:
+        return "/".join(self.files[self.name])
 
     def load(self) -> dict[str, list[Pair]]:
         repository, file = self.files[self.name]

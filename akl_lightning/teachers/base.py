@@ -30,6 +30,16 @@ class Teacher(ABC):
         """Number of outputs, padding included, or None where it is not known."""
 
     @property
+    def description(self) -> str:
+        """What it is, in a few words, for summaries and model cards."""
+        return type(self).__name__
+
+    @property
+    def parameters(self) -> int | None:
+        """How many parameters it has, or None where that is not known."""
+        return None
+
+    @property
     def fingerprint(self) -> str | None:
         """What tells the teacher's weights from others, or None where they are not looked at; goes into checkpoints."""
         return None

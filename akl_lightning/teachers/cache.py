@@ -159,6 +159,11 @@ class CachedTeacher(Teacher):
         return type(self), (self.path,)  # memory maps do not travel to a spawned process
 
     @property
+    def description(self) -> str:
+        kind = self.manifest["codec"] if self.top_k is None else f"top {self.top_k}"
+        return f"{self.manifest['teacher']['name']}, cached ({kind})"
+
+    @property
     def vocab_size(self) -> int:
         return self.manifest["vocab_size"]
 

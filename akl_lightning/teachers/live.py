@@ -69,6 +69,14 @@ class LiveTeacher(Teacher):
         register_fsdp_forward_method(self.model, "generate")
 
     @property
+    def description(self) -> str:
+        return self._model.description
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
     def vocab_size(self) -> int | None:
         return self._model.vocab_size
 

@@ -100,9 +100,16 @@ class KeepsAll(LastCheckpoint):
         {"trainer": {"max_epochs": 2}, "every_n_steps": 1, "data": {"batch_size": 4}},
         {"trainer": {"max_epochs": 2, "limit_val_batches": 0}, "data": {"batch_size": 4}},
         {"trainer": {"max_epochs": 3, "check_val_every_n_epoch": 2}, "data": {"batch_size": 8, "num_workers": 1}},
+        {
+            "module": {"max_new_tokens": 4},
+            "trainer": {"max_epochs": 2, "val_check_interval": 2},
+            "data": {"batch_size": 8},
+            "every_n_steps": 1,
+            "pictures": True,
+        },
         {"trainer": {"max_steps": 9, "val_check_interval": 3, "check_val_every_n_epoch": None}, "every_n_steps": 3},
     ],
-    ids=["validation within steps", "every step", "no validation", "workers", "steps"],
+    ids=["validation within steps", "every step", "no validation", "workers", "pictures", "steps"],
 )
 def test_checkpoints_of_a_run_go_on_to_the_same_end(
     folder: Path, tmp_path: Path, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch

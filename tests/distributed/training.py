@@ -15,7 +15,15 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from akl_lightning.callbacks import AdaptiveWeightMonitor, HeadTailPlot, LastCheckpoint
+from akl_lightning.callbacks import (
+    AdaptiveWeightMonitor,
+    DistributionPlot,
+    HeadTailPlot,
+    HeadWeightMap,
+    LastCheckpoint,
+    SampledAnswers,
+    StudentExport,
+)
 from akl_lightning.cli import run_command
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
@@ -99,6 +107,7 @@ def run(
     pace: float | None = None,
     every_n_steps: int | None = None,
     ckpt_path: str | None = None,
+    pictures: bool = False,
 ) -> None:
     """Train with everything that a real run has, and leave ``student.pt``."""
     seed_everything(3, verbose=False)
@@ -109,6 +118,8 @@ def run(
         plot,
         LastCheckpoint(out / "checkpoints", every_n_steps=every_n_steps),
     ]
+    if pictures:
+        callbacks += [HeadWeightMap(), DistributionPlot(), SampledAnswers(2), StudentExport()]
     if pace is not None:
         callbacks.insert(0, Pace(out, pace))
     settings = {

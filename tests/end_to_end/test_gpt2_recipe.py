@@ -90,8 +90,11 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     kept = [read_answers(path) for path in sorted((folder / lines["All answers"]).iterdir())]
     assert [len(records) for records in kept] == [128] * 3 and kept[0][0]["references"]
     assert (folder / lines["Checkpoints"] / "last.ckpt").is_file()
+    assert (folder / lines["The best by validation"] / "model.safetensors").is_file()
     logs = folder / lines["TensorBoard"].removeprefix("tensorboard --logdir ")
     events = EventAccumulator(str(logs)).Reload()
+    assert set(events.Tags()["images"]) == {"head_tail_error", "head_weight_map", "distributions"}
+    assert "compression ratio" in first and "Trained 2 epochs" in first
     assert {"train/head_error", "val/tail_error", "train/head_weight_step"} <= set(events.Tags()["scalars"])
 
     student = AutoModelForCausalLM.from_pretrained(folder / lines["Student, for from_pretrained"])

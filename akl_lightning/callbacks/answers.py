@@ -1,0 +1,103 @@
+"""The student's answers to some validation prompts."""
+
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from akl_lightning.callbacks.checks import require_logger, require_tokenizer
+from akl_lightning.callbacks.loggers import log_texts
+from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
+
+
+class Task(NamedTuple):
+    """Token ids of a prompt and of the data's answer to it."""
+
+    prompt: Tensor
+    reference: Tensor
+
+
+class SampledAnswers(Callback):
+    """Let the student answer some validation prompts after every validation, for the loggers.
+
+    The prompts are the same every time and the answers greedy, of ``model.max_new_tokens`` tokens at most: what changes
+    is the student. They go to the loggers as ``answers``: prompt, reference and answer.
+
+    Args:
+        answers: how many.
+
+    Raises:
+        UsageError: a student that cannot generate, or not so many tokens; no tokenizer or no logger.
+    """
+
+    def __init__(self, answers: int = 4) -> None:
+        if answers < 1:
+            raise UsageError(f"answers must be 1 or more, got {answers}.")
+        self.answers = answers
+        self._tasks: list[Task] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the student can answer, in words, and that somebody hears it."""
+        if stage == "fit":
+            require_tokenizer(self, pl_module)
+            require_logger(self, trainer)
+            assert isinstance(pl_module, DistillationModule)
+            if not hasattr(pl_module.student.model, "generate"):
+                raise UsageError(
+                    f"SampledAnswers needs a student that can generate, {type(pl_module.student.model).__name__} has "
+                    "no generate method: remove the callback."
+                )
+            pl_module.check_answers_fit()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._tasks.clear()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep this batch's share of the prompts."""
+        wanted = wanted_of_batch(trainer, batch_idx, dataloader_idx, self.answers)
+        if not wanted:
+            return
+        assert isinstance(pl_module, DistillationModule)
+        for row in response_rows(pl_module, batch)[:wanted]:
+            prompt = batch["input_ids"][row.number, : row.positions[0] + 1]
+            prompt = prompt[batch["attention_mask"][row.number, : len(prompt)].bool()]
+            self._tasks.append(Task(prompt, row.labels))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, DistillationModule) and pl_module.tokenizer is not None
+        tokenizer, limit = pl_module.tokenizer, pl_module.student.max_positions
+        room = None if limit is None else limit - pl_module.max_new_tokens
+        tasks = [task for task in self._tasks if room is None or len(task.prompt) <= room]
+        filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)
+        prompts = [task.prompt for task in tasks] or [filler]
+        batch = {
+            "input_ids": pad_sequence(prompts, True, float(filler.item()), "left"),
+            "attention_mask": pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left"),
+        }
+        answers = pl_module.predict_step(batch, 0)
+        columns = {
+            "prompt": [task.prompt for task in tasks],
+            "reference": [task.reference for task in tasks],
+            "answer": list(answers[: len(tasks)]),
+        }
+        texts = {
+            name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []
+            for name, ids in columns.items()
+        }
+        log_texts(trainer, "answers", [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])

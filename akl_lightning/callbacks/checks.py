@@ -1,0 +1,27 @@
+"""What callbacks ask for before any work."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
+
+
+def require_teacher(callback: Callback, module: LightningModule) -> None:
+    """Raise :class:`UsageError` unless the module has a teacher."""
+    if not isinstance(module, DistillationModule) or module.teacher is None:
+        raise UsageError(f"{type(callback).__name__} needs a DistillationModule with a teacher: remove the callback.")
+
+
+def require_logger(callback: Callback, trainer: Trainer) -> None:
+    """Raise :class:`UsageError` unless the Trainer has a logger."""
+    if not trainer.loggers:
+        raise UsageError(f"{type(callback).__name__} needs a logger: give the Trainer one or remove the callback.")
+
+
+def require_tokenizer(callback: Callback, module: LightningModule) -> None:
+    """Raise :class:`UsageError` unless something can turn tokens into words."""
+    if not isinstance(module, DistillationModule) or module.tokenizer is None:
+        raise UsageError(
+            f"{type(callback).__name__} needs a tokenizer to write words: give the Trainer a data module that has one "
+            "as its tokenizer, or remove the callback."
+        )

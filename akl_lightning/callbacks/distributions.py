@@ -1,0 +1,153 @@
+"""The teacher's and the student's distribution at one position."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from akl_lightning import functional as F
+from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
+from akl_lightning.callbacks.figures import HEAD, blank_figure, drawable, in_own_style, ink, shorten, word
+from akl_lightning.callbacks.loggers import log_figure
+from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
+
+_SHOWN = 12
+"""Tokens that are drawn."""
+
+
+class DistributionPlot(Callback):
+    """Draw what teacher and student expect next at one position of a validation answer, after every validation.
+
+    The position is the same every time; the figure goes to the loggers as ``distributions``.
+
+    Args:
+        position: which token of the answer is expected, counted from 0; of a shorter answer its last.
+
+    Raises:
+        UsageError: no teacher, no tokenizer or no logger.
+    """
+
+    def __init__(self, position: int = 1) -> None:
+        if position < 0:
+            raise UsageError(f"position must be 0 or more, got {position}.")
+        self.position = position
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there are two distributions, words and somewhere to draw them."""
+        if stage == "fit":
+            require_teacher(self, pl_module)
+            require_tokenizer(self, pl_module)
+            require_logger(self, trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw, if it is the batch that the sample lies in."""
+        if not wanted_of_batch(trainer, batch_idx, dataloader_idx, 1):
+            return
+        assert isinstance(pl_module, DistillationModule) and pl_module.tokenizer is not None
+        # On every rank, with or without a response, as each may have a part of the models.
+        rows = response_rows(pl_module, batch)
+        index = rows[0].number if rows else 0
+        sample = {key: batch[key][index : index + 1] for key in ("input_ids", "attention_mask", "labels")}
+        position = min(self.position, len(rows[0].labels) - 1) if rows else 0
+        student, teacher = pl_module.distributions(sample, slice(position, position + 1))
+        if not rows or not trainer.is_global_zero:
+            return
+        divergence, tokenizer = pl_module.criterion.divergence, pl_module.tokenizer
+        in_head = F.head_mask(teacher, divergence.mu, divergence.head_rule)[0].cpu()
+        student, teacher = student[0].cpu(), teacher[0].cpu()
+        tokens = likeliest(student, teacher, _SHOWN)
+        until = rows[0].positions[position] + 1
+        before = sample["input_ids"][0, :until][sample["attention_mask"][0, :until].bool()]
+        figure = draw_distributions(
+            distinct_words(tokenizer, tokens.tolist()),
+            student[tokens].tolist(),
+            teacher[tokens].tolist(),
+            in_head[tokens].tolist(),
+            head=f"head: {in_head.sum():,} of {len(teacher):,} tokens, {teacher[in_head].sum():.0%} of p",
+            context=str(tokenizer.decode(before, skip_special_tokens=True)),
+            expected=word(tokenizer, int(rows[0].labels[position])),
+        )
+        log_figure(trainer, "distributions", figure)
+
+
+def likeliest(student: Tensor, teacher: Tensor, count: int) -> Tensor:
+    """The tokens that student or teacher think likeliest, in descending order of the teacher's probability.
+
+    Args:
+        student: probabilities ``[vocab]``.
+        teacher: likewise.
+        count: tokens at most.
+
+    >>> likeliest(torch.tensor([0.1, 0.2, 0.6, 0.1]), torch.tensor([0.7, 0.2, 0.05, 0.05]), 2)
+    tensor([0, 2])
+    """
+    tokens = torch.maximum(student, teacher).topk(min(count, len(teacher))).indices
+    return tokens[teacher[tokens].argsort(descending=True, stable=True)]
+
+
+def distinct_words(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """Tokens as words; where two would look alike, with the space in front of one of them."""
+    plain = [word(tokenizer, token) for token in tokens]
+    return [
+        word(tokenizer, token, spaces=True) if plain.count(text) > 1 else text
+        for token, text in zip(tokens, plain, strict=True)
+    ]
+
+
+@in_own_style
+def draw_distributions(
+    words: Sequence[str],
+    student: Sequence[float],
+    teacher: Sequence[float],
+    in_head: Sequence[bool],
+    head: str,
+    context: str,
+    expected: str,
+) -> Figure:
+    """Two bars for each token, with a band behind those of the head.
+
+    Args:
+        words: the tokens, in descending order of the teacher's probability.
+        student: its probabilities.
+        teacher: likewise.
+        in_head: whether the token belongs to the head.
+        head: what the legend says of the head.
+        context: what was read before the position; its end is shown.
+        expected: the word that the data has there.
+    """
+    figure = blank_figure(6.4, 0.3 * len(words) + 1.6)
+    axes = figure.add_subplot()
+    places = range(len(words))
+    for place in places:
+        if in_head[place]:
+            label = None if any(in_head[:place]) else head
+            axes.axhspan(place - 0.5, place + 0.5, color=HEAD, alpha=0.13, linewidth=0, label=label)
+    axes.barh([place - 0.19 for place in places], teacher, 0.36, color="#3b3b3b", label="teacher, p")
+    axes.barh([place + 0.19 for place in places], student, 0.36, color="#009e73", label="student, q")
+    axes.set_yticks(places, words, parse_math=False)
+    axes.set_ylim(len(words) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("probability")
+    line = drawable(" ".join(context.split()))
+    before = line if len(line) <= 64 else "…" + line[-63:]
+    axes.set_title(f"After:  {before}\nIn the data:  {shorten(expected, 40)}", loc="left", size=9, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    ink(axes)
+    return figure

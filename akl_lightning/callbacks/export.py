@@ -1,0 +1,157 @@
+"""The student as a folder that other tools take."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from akl_lightning.callbacks.model_card import model_card
+from akl_lightning.checkpoint import atomic_folder, check_writable, free_path
+from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
+
+_PREFIX = "student.model."
+
+
+class StudentExport(Callback):
+    """Write the student when training ends, as it is then and as it was at the best checkpoint.
+
+    Each is a folder as ``save_pretrained`` writes it: weights in safetensors, config, generation config, the data's
+    tokenizer, and a model card. The best is that of the first ``ModelCheckpoint`` with a ``monitor``; without one there
+    is no such folder.
+
+    Args:
+        dirpath: the folder; the best student goes to the one beside it whose name ends in ``-best``. Where it is not
+            given, ``student`` in the Trainer's ``default_root_dir``. Nothing is ever overwritten: a folder that is
+            given and not empty is refused, and a run that is resumed, or that names none, goes on to ``student-v1``.
+
+    Raises:
+        UsageError: the student is no ``transformers`` model; the folder is another run's or cannot be written to.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self.exported: Path | None = None
+        """Where the last student lies, once it is written."""
+        self.exported_best: Path | None = None
+        """Where the best one lies, if there is one."""
+        self.validations: dict[int, dict[str, float]] = {}
+        """What was measured, by optimizer steps done."""
+
+    def _folder(self, trainer: Trainer, suffix: str = "") -> Path:
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "student")
+        return folder.with_name(folder.name + suffix)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the student can be exported."""
+        if stage != "fit":
+            return
+        student = getattr(getattr(pl_module, "student", None), "model", None)
+        if not isinstance(student, PreTrainedModel):
+            raise UsageError(
+                f"StudentExport cannot write a {type(student).__name__}, only transformers models: remove the callback."
+            )
+        check_writable(self._folder(trainer).parent)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a folder that is another run's."""
+        # Not before: the Trainer knows its ckpt_path only now.
+        if self.dirpath is None or trainer.ckpt_path:
+            return
+        for folder in (self._folder(trainer), self._folder(trainer, "-best")):
+            own = folder in (self.exported, self.exported_best)
+            if folder.exists() and not own and not _is_empty(folder):
+                raise UsageError(f"{folder} is not empty and is never overwritten: give StudentExport another dirpath.")
+
+    # Before the ModelCheckpoints, which are called last, so that they keep it.
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what the model card says of the checkpoint that may be written now."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.validations[trainer.global_step] = {
+                name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+            }
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folders."""
+        assert isinstance(pl_module, DistillationModule)
+        # On every rank: where the student is sharded, each has a part of it.
+        weights = trainer.strategy.lightning_module_state_dict()
+        if not trainer.is_global_zero:
+            return
+        epoch, step = trainer.current_epoch, trainer.global_step
+        self.exported = self._write(trainer, pl_module, "", weights, f"the last of {epoch} epochs", step)
+        rank_zero_info(f"student exported to {self.exported}")
+        if best := _best_checkpoint(trainer):
+            checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(best)
+            weights, step = checkpoint["state_dict"], checkpoint["global_step"]
+            self.exported_best = self._write(
+                trainer, pl_module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
+            )
+            rank_zero_info(f"best student exported to {self.exported_best}")
+
+    def _write(
+        self, trainer: Trainer, module: DistillationModule, suffix: str, weights: Any, which: str, step: int
+    ) -> Path:
+        own: dict[str, Tensor] = {
+            name.removeprefix(_PREFIX): weight for name, weight in weights.items() if name.startswith(_PREFIX)
+        }
+        path = self._folder(trainer, suffix)
+        if _is_empty(path):
+            path.rmdir()
+        path = free_path(path)
+        model, tokenizer = module.student.model, module.tokenizer
+        with atomic_folder(path) as folder:
+            with _without_progress_bar():
+                model.save_pretrained(folder, state_dict=own)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if model.can_generate():
+                generation = copy.deepcopy(model.generation_config)
+                if tokenizer is not None:  # the end that the data's answers have
+                    generation.eos_token_id = tokenizer.eos_token_id
+                    generation.pad_token_id = tokenizer.eos_token_id
+                    if tokenizer.pad_token_id is not None:
+                        generation.pad_token_id = tokenizer.pad_token_id
+                generation.save_pretrained(folder)
+            card = model_card(trainer, module, f"{which}, after {step:,} optimizer steps", self.validations.get(step))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, so that a resumed run can tell of an earlier best."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what the run that is resumed has measured."""
+        self.validations = dict(state_dict["validations"])
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Without the bar of ``transformers``, which would be drawn into the Trainer's."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _best_checkpoint(trainer: Trainer) -> str | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and Path(callback.best_model_path).is_file():
+            return callback.best_model_path
+    return None

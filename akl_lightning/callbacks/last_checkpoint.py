@@ -1,0 +1,120 @@
+"""A checkpoint from which a run goes on exactly where it was."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep ``last.ckpt``, from which a run goes on exactly where it was, whenever and however it ends.
+
+    It is written after every validation (where an epoch has none, after the first optimizer step of the next one),
+    every so many optimizer steps, at the end, and when the process is asked to end (SIGTERM), always between two whole
+    optimizer steps and after the loggers have been flushed. Use it beside a ``ModelCheckpoint`` that keeps the best,
+    and list it last, so that it knows what the other has kept.
+
+    Args:
+        dirpath: the folder; as for ``ModelCheckpoint`` where it is not given.
+        every_n_steps: optimizer steps between two writes within an epoch, or None.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UsageError(f"every_n_steps must be 1 or more, got {every_n_steps}.")
+        super().__init__(dirpath, save_top_k=0, save_last=True)
+        self.every_n_steps = every_n_steps
+        self._last_step = self._last_written = 0
+        self._due = False
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        assert self.dirpath is not None
+        return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the module says when a step is whole."""
+        if not isinstance(pl_module, DistillationModule):
+            raise UsageError("LastCheckpoint needs a DistillationModule: use ModelCheckpoint for others.")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be told when the process shall end. Lightning's own way stops in the middle of an optimizer step.
+
+        Raises:
+            UsageError: the file is another run's.
+        """
+        # Not before: the Trainer knows its ckpt_path only now.
+        if not trainer.ckpt_path and self.path.exists() and self.last_model_path != str(self.path):
+            raise UsageError(
+                f"{self.path} is another run's and is never overwritten: go on from it with ckpt_path, or give another "
+                "dirpath."
+            )
+        self._last_step = self._last_written = trainer.global_step
+
+        def request_stop(*_: Any) -> None:
+            pl_module.stop_requested = True  # type: ignore[assignment]
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, request_stop)  # which the Trainer takes back at its end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write when it is time and the optimizer has stepped."""
+        assert isinstance(pl_module, DistillationModule)
+        step = trainer.global_step
+        if step != self._last_step:
+            self._last_step = step
+            self._due |= pl_module.stop_agreed or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+        # Lightning does not make up for what a resumed run would have done right after this batch: a validation, the
+        # end of an epoch. The next write comes with that.
+        batches = (batch_idx + 1, trainer.fit_loop.total_batch_idx + 1)
+        validates = trainer.val_check_batch and any(count % trainer.val_check_batch == 0 for count in batches)
+        ends = trainer.is_last_batch or step == trainer.max_steps
+        if self._due and not (pl_module.in_step or validates or ends):
+            # Lightning logs this step only after this hook, and a run that goes on from here would not: it is logged
+            # now as well, with the same values.
+            trainer._logger_connector.update_train_step_metrics()
+            self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, or let the end of the optimizer step do it."""
+        assert isinstance(pl_module, DistillationModule)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._due = True
+        # At max_steps a resumed run would be over at once, without the means of its epoch.
+        if not pl_module.in_step and trainer.global_step != trainer.max_steps:
+            self._write(trainer, pl_module)
+
+    # Not at the end of an epoch: Lightning logs its means only afterwards, and a resumed run would not.
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the next optimizer step write where no validation has."""
+        self._due |= self._last_written != trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is not written yet."""
+        if self._last_written != trainer.global_step:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        for logger in trainer.loggers:
+            logger.save()
+        self.last_model_path = str(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._due, self._last_written = False, trainer.global_step
+        if pl_module.stop_agreed:
+            rank_zero_info(f"stopped as asked after optimizer step {trainer.global_step}; go on from {self.path}")
+            # Only one process says so: a launcher that sees another one fail kills the rest.
+            sys.exit(128 + signal.SIGTERM if trainer.is_global_zero else 0)

@@ -1,0 +1,88 @@
+"""What a reader of an exported student has to know, as the hub's model card."""
+
+import inspect
+from collections.abc import Mapping
+
+from huggingface_hub import ModelCardData
+from lightning.pytorch import Trainer
+
+from akl_lightning.callbacks.summary import compression_ratio, in_order
+from akl_lightning.data.sources import Source
+from akl_lightning.divergences import Divergence
+from akl_lightning.module import DistillationModule
+
+_CARD = """---
+{metadata}
+---
+
+# A distilled language model
+
+{facts}
+
+## Metrics
+
+{metrics}
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")  # this folder
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+## License
+
+No license is named here on purpose. The student learnt from the teacher's outputs and from the data, and the terms of
+both apply to it: look them up, and name a license that they allow, before you share it.
+"""
+
+
+def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics: Mapping[str, float] | None) -> str:
+    """The text of ``README.md``, with the hub's metadata on top.
+
+    Args:
+        trainer: of the run.
+        module: student, teacher and criterion.
+        which: the checkpoint that was exported.
+        metrics: of validation at that checkpoint, by name, or None where there was none.
+    """
+    criterion, teacher = module.criterion, module.teacher
+    data = getattr(trainer, "datamodule", None)
+    source = getattr(data, "source", None)
+    parameters = sum(parameter.numel() for parameter in module.student.parameters())
+    ratio = compression_ratio(module)
+    known = None if teacher is None else teacher.parameters
+    facts = {
+        "Teacher": "none"
+        if teacher is None
+        else teacher.description + ("" if known is None else f", {known:,} parameters"),
+        "Student": f"{module.student.description}, {parameters:,} parameters"
+        + ("" if ratio is None else f", compression ratio {ratio:.2f}"),
+        "Divergence": f"{_spelled(criterion.divergence)}, alpha={criterion.alpha} (the rest is cross entropy), "
+        f"temperature={criterion.temperature}",
+        "Data": source.description if isinstance(source, Source) else type(data or trainer.train_dataloader).__name__,
+        "Checkpoint": which,
+    }
+    template = getattr(data, "template", None)
+    if template is not None:
+        facts["Prompt template"] = repr(template)
+    figures = in_order({name.removeprefix("val/"): value for name, value in (metrics or {}).items()})
+    rows = "".join(f"| {name.replace('_', ' ')} | {value:.4f} |\n" for name, value in figures.items())
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["distillation", "akl-lightning"]
+    )
+    return _CARD.format(
+        metadata=metadata.to_yaml(),
+        facts="\n".join(f"- **{name}:** {text}" for name, text in facts.items()),
+        metrics=f"| per response token | validation |\n|---|---|\n{rows}" if rows else "Nothing was measured.\n",
+    )
+
+
+def _spelled(divergence: Divergence) -> str:
+    """A divergence as it is written in code, with the arguments that it keeps."""
+    # The default of a criterion is an instance of a subclass that jsonargparse makes.
+    classes = [cls for cls in type(divergence).__mro__ if issubclass(cls, Divergence)]
+    cls = next(cls for cls in classes if not cls.__name__.startswith("LazyInstance_"))
+    names = [name for name in inspect.signature(cls).parameters if hasattr(divergence, name)]
+    return f"{cls.__name__}({', '.join(f'{name}={getattr(divergence, name)!r}' for name in names)})"
