@@ -12,9 +12,7 @@ training, --teacher.* the teacher's; --help lists every option.
 
 import hashlib
 import json
-import os
 import platform
-import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,52 +21,31 @@ from typing import Any
 import torch
 from filelock import FileLock
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 import akl_lightning
-from akl_lightning.callbacks import (
-    AdaptiveWeightMonitor,
-    DistillationProgressBar,
-    DistillationSummary,
-    DistributionPlot,
-    HeadTailPlot,
-    HeadWeightMap,
-    LastCheckpoint,
-    SampledAnswers,
-    StudentExport,
-)
-from akl_lightning.checkpoint import atomic_folder, free_path, newest_checkpoint
-from akl_lightning.cli import DistillationCLI, run_command
+from akl_lightning.callbacks import DistillationProgressBar
+from akl_lightning.checkpoint import atomic_folder
+from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Pair
-from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
-from akl_lightning.evaluation.report import comparison_table, evaluate
+from akl_lightning.evaluation.report import evaluate
 from akl_lightning.models import SplitModel, load_causal_lm
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache import CACHE_PREFIX
+from akl_lightning.runs import RunCLI, report
 
 console = Console()
 END_OF_TEXT = "<|endoftext|>"
 
 
 def main(args: list[str] | None = None) -> None:
-    cli = Recipe(
-        run=False,
-        args=args,
-        seed_everything_default=0,
-        parser_kwargs={"description": __doc__},
-        # A run's folder is new, or it is the one being resumed.
-        save_config_kwargs={"overwrite": True},
-    )
+    cli = Recipe(Path(__file__).with_suffix(".yaml"), __doc__, args)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     say = console.print if trainer.is_global_zero else lambda *_: None
     samples = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -98,112 +75,22 @@ def main(args: list[str] | None = None) -> None:
         report(cli.run_folder, rows, answers, trainer)
 
 
-def report(
-    run: Path, rows: dict[str, dict[str, float]], answers: dict[str, list[list[Record]]], trainer: Trainer
-) -> None:
-    """Print the comparison and where everything lies."""
-    report_path = free_path(run / "report.json")
-    report_path.write_text(json.dumps({"figures": rows}, indent=2))
-    console.print()
-    console.print(comparison_table(rows, "Held-out split: nats and gaps per response token, ROUGE-L in percent"))
-    console.print("Some held-out prompts")
-    step = max(1, len(answers["student"]) // 4)
-    for (student, *_), (teacher, *_) in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
-        print(f"\n{student['prompt'].strip()}")
-        print(f"  reference: {' | '.join(student['references'])}")
-        print(f"    teacher: {teacher['answer']}")
-        print(f"    student: {student['answer']}")
-    export = next(callback for callback in trainer.callbacks if isinstance(callback, StudentExport))
-    plot = next(callback for callback in trainer.callbacks if isinstance(callback, HeadTailPlot)).path
-    print(f"\nHead and tail error per epoch: {plot}")
-    print(f"Figures:                       {report_path}")
-    print(f"All answers:                   {run / 'answers'}")
-    print(f"Checkpoints:                   {run / 'checkpoints'}")
-    print(f"Student, for from_pretrained:  {export.exported}")
-    if export.exported_best:
-        print(f"The best by validation:        {export.exported_best}")
-    print(f"TensorBoard:                   tensorboard --logdir {run / 'tensorboard'}")
-
-
-class Recipe(DistillationCLI):
-    """The command line: Lightning's own, with the teacher's section and the run's folder."""
-
-    run_folder: Path
+class Recipe(RunCLI):
+    """Adds the teacher's section."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_argument(
-            "--ckpt_path", type=str | None, help="Checkpoint to go on from, or 'last' for the last run's."
-        )
-        parser.add_argument(
-            "--output_dir",
-            type=str,
-            default="runs/gpt2_distill",
-            help="Folder of the run; where there is one already, -v1 is added.",
-        )
+        super().add_arguments_to_parser(parser)
         parser.add_function_arguments(prepare_teacher, "teacher", skip={"student", "data"})
-        parser.set_defaults({"data.tokenizer": ""})
-
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        # As a first --config: jsonargparse 4.53 cannot read an optimizer from its default_config_files.
-        embedded_default = ["--config", str(Path(__file__).with_suffix(".yaml"))]
-        self.config = parser.parse_args(embedded_default + (sys.argv[1:] if args is None else args))
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         config = self.config
-        if str(config.model.teacher).startswith(CACHE_PREFIX):
-            raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
-        run, config.ckpt_path = choose_run(Path(config.output_dir), config.ckpt_path)
         # Built once before the teacher's training, so that a mistake in its settings costs no time.
         criterion = config.model.criterion
         DistillationCriterion(**criterion.as_dict() | {"divergence": instantiate_class((), criterion.divergence)})
         if config.model.teacher is None:
             config.model.teacher = str(prepare_teacher(config.model.student, config.data, **config.teacher.as_dict()))
         config.data.tokenizer = config.data.tokenizer or config.model.teacher
-
-        self.run_folder = run
-        config.trainer.default_root_dir = str(run)
-        self.trainer_defaults["callbacks"] = [
-            HeadTailPlot(str(run)),
-            StudentExport(str(run / "student")),
-        ]
-        own = [callback.class_path for callback in config.trainer.callbacks or []]
-        if config.trainer.enable_progress_bar is not False and not any(path.endswith("ProgressBar") for path in own):
-            self.trainer_defaults["callbacks"].append(DistillationProgressBar())
-        if config.trainer.enable_model_summary is not False:
-            self.trainer_defaults["callbacks"].append(DistillationSummary())
-        if not config.trainer.fast_dev_run:
-            if config.trainer.logger is not False:
-                self.trainer_defaults["callbacks"] += [
-                    AdaptiveWeightMonitor(every_n_steps=10),
-                    HeadWeightMap(),
-                    DistributionPlot(),
-                    SampledAnswers(),
-                ]
-            self.trainer_defaults["callbacks"] += [
-                # Beside the logs, not below them: the folder must be found again whatever version the logger counts.
-                ModelCheckpoint(run / "checkpoints", monitor="val/divergence", save_on_train_epoch_end=False),
-                LastCheckpoint(run / "checkpoints", every_n_steps=50),
-            ]
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self.config.trainer.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self.run_folder, name="tensorboard", version="")
-        return super().instantiate_trainer(**kwargs)
-
-
-def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | None]:
-    """A new folder for a new run; the old one for a run that goes on."""
-    if ckpt_path is None:
-        # A launched rank has to agree with the one that launched it, which has begun to fill the folder.
-        run = Path(os.environ.get("AKL_RUN_FOLDER") or free_path(output_dir))
-        os.environ["AKL_RUN_FOLDER"] = str(run)
-        return run, None
-    if ckpt_path == "last":
-        runs = [path for path in (output_dir, *output_dir.parent.glob(f"{output_dir.name}-v*")) if path.is_dir()]
-        ckpt_path = str(newest_checkpoint(path / "checkpoints" for path in runs))
-    if not Path(ckpt_path).is_file():
-        raise UsageError(f"there is no checkpoint {ckpt_path}: give the path of one, or 'last'.")
-    return Path(ckpt_path).resolve().parent.parent, ckpt_path
 
 
 # --------------------------------------------------------------------------------------------------------------------
