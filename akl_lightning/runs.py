@@ -157,9 +157,13 @@ def report(
     step = max(1, len(answers["student"]) // 4)
     for (student, *_), (teacher, *_) in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
         print(f"\n{student['prompt'].strip()}")
-        print(f"  reference: {' | '.join(student['references'])}")
-        print(f"    teacher: {teacher['answer']}")
-        print(f"    student: {student['answer']}")
+        said = {
+            "reference": " | ".join(student["references"]),
+            "teacher": teacher["answer"],
+            "student": student["answer"],
+        }
+        for who, text in said.items():
+            print(f"  {who:>9}: {' '.join(text.split())}")
     export, plot = _first(trainer.callbacks, StudentExport), _first(trainer.callbacks, HeadTailPlot)  # type: ignore[attr-defined]
     print(f"\nHead and tail error per epoch: {plot.path}")
     print(f"Figures:                       {path}")

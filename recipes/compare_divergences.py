@@ -9,7 +9,7 @@ The teacher is asked once: its hidden states are cached, its greedy answers to t
 Every run is evaluated on the held-out split against the teacher, and by sampled answers.
 
 It goes on where it was killed, in the middle of a run too. Started several times, with the same output, it shares out
-the runs; whoever comes last writes the report: ``comparison.md``, ``.csv`` and ``.png``.
+the runs; whoever comes last writes the report: ``comparison.md``, ``.csv``, ``.png``, and ``.json`` with every curve.
 """
 
 import csv
@@ -302,6 +302,9 @@ def report(output: Path, setting: Path, names: Sequence[tuple[str, int]], seeds:
         for (name, seed), result in results.items():
             writer.writerow([name, seed, *(result["figures"].get(figure, "") for figure in figures)])
         writer.writerow(["teacher", "", *(teacher.get(figure, "") for figure in figures)])
+    with atomic_file(output / "comparison.json") as file:
+        raw = [{"baseline": name, "seed": seed, **result} for (name, seed), result in results.items()]
+        file.write_text("[\n" + ",\n".join(json.dumps(line) for line in raw) + "\n]\n")
     with atomic_file(output / "comparison.png") as file:
         draw({name: [results[name, seed]["curve"] for seed in seeds] for name in baselines}).savefig(
             file, dpi=150, format="png"
@@ -339,7 +342,7 @@ def report(output: Path, setting: Path, names: Sequence[tuple[str, int]], seeds:
     with atomic_file(output / "comparison.md") as file:
         file.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    print(f"\nReport: {output / 'comparison.md'}, with comparison.csv (every run) and comparison.png")
+    print(f"\nReport: {output / 'comparison.md'}, with every run in comparison.csv and .json, and comparison.png")
 
 
 def markdown(heading: list[str], rows: list[list[str]]) -> list[str]:
