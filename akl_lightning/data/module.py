@@ -82,6 +82,11 @@ class InstructionDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise UsageError(f"data.{name} must be 1 or more, got {value}.")
+        if max_prompt_length is not None and max_prompt_length >= max_length:
+            raise UsageError(
+                f"data.max_prompt_length = {max_prompt_length} leaves no token of data.max_length = {max_length} for a "
+                "response: lower it, or raise the other."
+            )
         self.source = source
         self.template = template
         self.batch_size = batch_size
@@ -100,15 +105,26 @@ class InstructionDataModule(LightningDataModule):
         if not self.splits:
             pairs = split_pairs(self.source.load(), self.validation_size, self.test_size)
             self.splits = {split: self._tokenize(split, members) for split, members in pairs.items()}
-        if self.trainer is not None and self.trainer.training and not len(self.splits["train"]):
-            raise UsageError(f"{type(self.source).__name__} has no pairs to train on: give another data.source.")
+        if self.trainer is None or stage not in ("fit", "test", "predict"):
+            return
+        # Whoever caches all splits sets them up in a prediction.
+        of_stage = {"fit": "train", "test": "test", "predict": self.predict_split}[stage]
+        if self.trainer.state.fn == stage and not len(self.splits[of_stage]):
+            raise UsageError(
+                f"{type(self.source).__name__} gives no {of_stage} pairs: give another data.source, or one with a "
+                f"{of_stage} split."
+            )
 
     def _tokenize(self, split: str, pairs: list[Pair]) -> datasets.Dataset:
         if not pairs:
             return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "length": []})
         data = datasets.Dataset.from_list([asdict(pair) for pair in pairs])
         settings = {"tokenizer": self.tokenizer, "template": self.template, "max_length": self.max_length}
-        data = data.map(_encode, batched=True, fn_kwargs=settings, desc=f"Tokenizing {split}")
+        tokens = datasets.List(datasets.Value("int64"))  # which nothing tells where all responses are empty
+        columns = {"prompt_ids": tokens, "response_ids": tokens}
+        columns |= {"prompt": datasets.Value("string")} | dict.fromkeys(("prompt_length", "length"), tokens.feature)
+        features = datasets.Features({**data.features, **columns})
+        data = data.map(_encode, batched=True, fn_kwargs=settings, desc=f"Tokenizing {split}", features=features)
         fits = data.select([i for i, length in enumerate(data["prompt_length"]) if length <= self.max_prompt_length])
         if len(fits) < len(data):
             rank_zero_info(
@@ -208,7 +224,7 @@ class InstructionDataModule(LightningDataModule):
 
 # A function of its arguments alone, so that datasets can tell by hashing whether a result is cached.
 def _encode(
-    pairs: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+    pairs: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
 ) -> dict[str, list[Any]]:
     tasks = list(zip(pairs["instruction"], pairs["input"], strict=True))
     if template == CHAT:
@@ -220,8 +236,10 @@ def _encode(
     prompt_ids = tokenizer(prompts, add_special_tokens=template != CHAT)["input_ids"]
     responses = tokenizer(list(pairs["output"]), add_special_tokens=False)["input_ids"]
     response_ids = [
-        [*response, tokenizer.eos_token_id][: max(0, max_length - len(prompt))] if output.strip() else []
-        for prompt, response, output in zip(prompt_ids, responses, pairs["output"], strict=True)
+        [*response, *([] if cut else [tokenizer.eos_token_id])][: max(0, max_length - len(prompt))]
+        if output.strip()
+        else []
+        for prompt, response, output, cut in zip(prompt_ids, responses, pairs["output"], pairs["cut"], strict=True)
     ]
     return {
         "prompt": prompts,

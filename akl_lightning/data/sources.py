@@ -33,6 +33,8 @@ class Pair:
     """Decides the split; instruction and input decide where it is empty."""
     references: tuple[str, ...] = ()
     """Every acceptable response, where there are several."""
+    cut: bool = False
+    """Whether the response was cut off, so that no end-of-text is to be learnt after it."""
 
 
 class Source(ABC):
@@ -157,7 +159,8 @@ class JsonLines(Source):
         instruction: field of the instruction.
         input: field of its input; it may be missing.
         output: field of the response, a text or a list of acceptable ones, of which the first is learnt. Pairs without
-            any are dropped, but kept for a test, where they are prompts to answer.
+            any are dropped, but kept for a test, where they are prompts to answer. Where a field ``cut`` is true, as
+            ``akl generate`` writes it, no end-of-text is learnt after the response.
 
     Raises:
         UsageError: no file given.
@@ -313,7 +316,8 @@ def _pair(record: dict[str, Any], fields: tuple[str, str, str], where: str) -> P
         raise UsageError(f"{where}: the field {input!r} is no text but {given!r}: write it as a string.")
     references = tuple(response for response in responses if response.strip())
     first = references[0] if references else ""
-    return Pair(record[instruction], first, given, references=references if len(references) > 1 else ())
+    several = references if len(references) > 1 else ()
+    return Pair(record[instruction], first, given, references=several, cut=record.get("cut") is True)
 
 
 def _usable(pairs: list[Pair], where: str, split: str) -> list[Pair]:

@@ -2,23 +2,26 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from akl_lightning.checkpoint import atomic_file
+from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
 
 Record = dict[str, Any]
-"""``instruction``, ``input``, ``prompt``, ``references``, ``answer``, ``seed`` (None for greedy), and the settings:
-``model`` (digest of its weights), ``max_new_tokens``, ``temperature`` (0 for greedy), ``top_p``."""
+"""``instruction``, ``input``, ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at
+``max_new_tokens``), ``seed`` (None for greedy), and the settings: ``model`` (digest of its weights),
+``max_new_tokens``, ``temperature`` (0 for greedy), ``top_p``."""
 
 _SETTINGS = ("model", "max_new_tokens", "temperature", "top_p")
 
@@ -51,27 +54,41 @@ class AnswerFile:
                 strict=True,
             )
         )
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
         self._records: dict[tuple[str, int | None], Record] = {}
+        self._new: list[Record] = []
         self._seen: dict[int, None] = {}
 
     def open(self, trainer: Trainer) -> None:
         """Read what is there already. Called on every rank.
 
         Raises:
-            UsageError: the file cannot be read or written, or holds answers of other settings.
+            UsageError: the file cannot be read or written, is being written, or holds answers of other settings.
         """
-        try:
+        with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(self.path.parent)
+            if trainer.local_rank == 0:
+                try:
+                    self._lock.acquire()
+                except Timeout as error:
+                    raise UsageError(
+                        f"another run is writing answers to {self.path}: wait for it, or give another path."
+                    ) from error
             found = [record for file in (self.path, *self._parts()) if file.exists() for record in _read(file)]
-            self._part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}").open("a", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write answers to {self.path} ({error.strerror}): give another path.") from error
         for record in found:
             differing = [name for name in _SETTINGS if record.get(name) != self.settings[name]]
             if differing:
+                self._lock.release()
                 said = " and ".join(f"{name} {record.get(name)} (now {self.settings[name]})" for name in differing)
                 raise UsageError(f"{self.path} holds answers with {said}: give another path.")
-        self._keep(record for records in _gather(trainer, found) for record in records)
+        trainer.strategy.barrier("nobody writes before all have read")
+        with self._explained():
+            self._part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}").open("a", encoding="utf-8")
+            self._part.write("\n")  # after a line that a kill has cut off
+        # The ranks of a node have read the same files.
+        nodes = _gather(trainer, found if trainer.local_rank == 0 else [])
+        self._keep(record for records in nodes for record in records)
 
     def answer(
         self,
@@ -106,16 +123,25 @@ class AnswerFile:
             batch = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
             tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed))
             texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            ended = (tokens == data.tokenizer.eos_token_id).any(-1).tolist()
             # Asked may be a row that only keeps the others company.
-            records = [self._record(row, seed, text) for row, text in zip(missing.values(), texts, strict=False)]
+            records = [
+                {
+                    **{name: row[name] for name in ("instruction", "input", "prompt")},
+                    "references": references(row),
+                    "answer": text.strip(),
+                    "cut": not end,
+                    "seed": seed,
+                    **self.settings,
+                }
+                for row, text, end in zip(missing.values(), texts, ended, strict=False)
+            ]
             self._keep(records)
-            self._part.writelines(_line(record) for record in records)
-            self._part.flush()
-            os.fsync(self._part.fileno())
-
-    def _record(self, row: Mapping[str, Any], seed: int | None, answer: str) -> Record:
-        record = {name: row[name] for name in ("instruction", "input", "prompt")}
-        return {**record, "references": references(row), "answer": answer.strip(), "seed": seed, **self.settings}
+            self._new += records
+            with self._explained():
+                self._part.writelines(_line(record) for record in records)
+                self._part.flush()
+                os.fsync(self._part.fileno())
 
     def close(self, trainer: Trainer, data: InstructionDataModule, split: str) -> list[list[Record]]:
         """Make one file of the processes' own. Called on every rank.
@@ -124,7 +150,7 @@ class AnswerFile:
             For each sample that was seen its answers, one for each seed; the same on every rank.
         """
         self._part.close()
-        parts = _gather(trainer, (list(self._seen), list(self._records.values())))
+        parts = _gather(trainer, (list(self._seen), self._new))
         for _, records in parts:
             self._keep(records)
         seen = sorted({index for indices, _ in parts for index in indices})
@@ -139,13 +165,25 @@ class AnswerFile:
         written = {(record["prompt"], record["seed"]) for group in groups for record in group}
         others = [record for key, record in self._records.items() if key not in written]  # of an earlier run
         if trainer.is_global_zero:
-            with atomic_file(self.path) as file, file.open("w", encoding="utf-8") as lines:
-                lines.writelines(_line(record) for group in [*groups, others] for record in group)
+            unique = {(record["prompt"], record["seed"]): record for group in [*groups, others] for record in group}
+            with self._explained(), atomic_file(self.path) as file, file.open("w", encoding="utf-8") as lines:
+                lines.writelines(_line(record) for record in unique.values())
         trainer.strategy.barrier("the answers are one file")
         if trainer.local_rank == 0:
             for part in self._parts():
                 part.unlink(missing_ok=True)
+            self._lock.release()
         return groups
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(
+                f"cannot write answers to {self.path} ({error.strerror}): make room or give another path; what is "
+                "answered so far is kept."
+            ) from error
 
     def _keep(self, records: Iterable[Record]) -> None:
         self._records |= {(record["prompt"], record["seed"]): record for record in records}
@@ -171,16 +209,16 @@ def read_answers(path: str | Path) -> list[Record]:
 
 
 def _read(file: Path) -> list[Record]:
-    records, lines = [], file.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             record["prompt"], record["answer"], record["seed"]
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # cut off when the process was killed
-                break
+            if ".part" in file.suffix:  # cut off when a process was killed
+                continue
             raise UsageError(f"{file}, line {number} is no answer ({error!r}): mend or remove the line.") from error
         records.append(record)
     return records

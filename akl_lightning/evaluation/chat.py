@@ -39,6 +39,9 @@ LONGEST_WAIT = 300.0
 MAX_IN_A_ROW = 3
 """Requests that end without a reply, one after the other, until the endpoint is taken for dead."""
 
+_SHORTEST_KEY = 8
+"""Letters of a key that is worth hiding; local servers take anything for one, a digit that is in every reply too."""
+
 _jitter = random.Random()  # a seeded caller keeps its own numbers
 _RETRIED = {408, 409, 425, 429}
 _ABOUT_ONE_REQUEST = {400, 413, 422}
@@ -257,7 +260,8 @@ class ChatEndpoint:
 
     def hide_key(self, text: str) -> str:
         """A text of the endpoint, which may well repeat the key, without it."""
-        if key := self._key.get_secret_value():
+        key = self._key.get_secret_value()
+        if len(key) >= _SHORTEST_KEY:
             for spelling in (key, json.dumps(key)[1:-1]):
                 text = text.replace(spelling, "[key]")
         return text
@@ -369,7 +373,8 @@ class _Session:
         if wait is None and self.stopped.is_set():  # it has been said
             return
         self.outcome.faults[fault] += 1
-        self.failed_in_a_row += wait is not None
+        # A fault of one request alone says nothing of the next, unless there was no good one yet.
+        self.failed_in_a_row += wait is not None or not self.outcome.new
         if self.failed_in_a_row >= max(MAX_IN_A_ROW, self.workers):
             self.stop(f"{self.failed_in_a_row} requests in a row got no reply, the last one for this: {fault}")
 

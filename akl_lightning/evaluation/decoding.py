@@ -48,7 +48,7 @@ class Decoding:
             prompts: the texts of the rows.
             seed: of this answer; None for greedy.
         """
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if seed is not None:
             draw = SeededDraw(prompts, seed, self.max_new_tokens)
             arguments["logits_processor"] = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
@@ -76,6 +76,13 @@ class SeededDraw(LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits ``[batch, vocab]`` in which one token is left in each row.
+
+        Raises:
+            UsageError: they hold NaN.
+        """
+        if not self.step and scores.isnan().any():
+            raise UsageError("the model gives NaN, nothing can be drawn from it: look at its weights and precision.")
         draw = self.draws[:, self.step, None].to(scores.device, torch.float64)
         self.step += 1
         mass = scores.double().softmax(-1).cumsum(-1)

@@ -1,6 +1,8 @@
 """Let a model answer the prompts of a split, under the Trainer: in a test, or for its own sake."""
 
+import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from akl_lightning.evaluation.answers import AnswerFile, Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.rouge import rouge_l
-from akl_lightning.models import Batch
+from akl_lightning.models import Batch, check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import data_parallel_mesh
-from akl_lightning.teachers.fingerprint import weights_digest
+from akl_lightning.teachers.fingerprint import digest, weights_digest
 from akl_lightning.teachers.live import LiveTeacher
 
 
@@ -29,8 +31,9 @@ class AnswerEvaluation(Callback):
     a test that is repeated or was broken off takes them from there.
 
     Args:
-        path: the file; ``{model}`` in it stands for a digest of the student's weights, so that different students do
-            not meet. ``answers-{model}.jsonl`` in the Trainer's ``default_root_dir`` where it is not given.
+        path: the file; ``{key}`` in it stands for a digest of the student's weights, the decoding and the prompts, so
+            that different tests do not meet. ``answers-{key}.jsonl`` in the Trainer's ``default_root_dir`` where it is
+            not given.
         decoding: how the answers are decoded.
 
     Raises:
@@ -58,8 +61,10 @@ class AnswerEvaluation(Callback):
         """Look for answers that are there already."""
         assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
-        path = Path(trainer.default_root_dir) / "answers-{model}.jsonl" if self.path is None else self.path
-        self._file = AnswerFile(str(path).replace("{model}", model[:8]), model, self.decoding)
+        path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
+        depends_on = [model, asdict(self.decoding), *_data(trainer).splits["test"]["prompt"]]
+        key = digest(json.dumps(depends_on).encode())[:8]
+        self._file = AnswerFile(str(path).replace("{key}", key), model, self.decoding)
         self._file.open(trainer)
 
     def on_test_batch_end(
@@ -145,13 +150,16 @@ class AnswerWriter(LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.language_model = LiveTeacher(model, trust_remote_code)
+        self.language_model = LiveTeacher(model, trust_remote_code, role="model")
+        self._tokenizer = tokenizer_of(model, trust_remote_code)
         self.path = Path(path)
         self.decoding = decoding
 
     def setup(self, stage: str) -> None:
         """Check that prompts and answers fit the model."""
         data = _data(self.trainer)
+        if self._tokenizer is not None:
+            check_same_vocabulary(self._tokenizer, data.tokenizer, ("model", "data"))
         self.language_model.check_fits("model", data.tokenizer, None)
         check_prompts(self.decoding, data, self.language_model.max_positions)
 
@@ -174,7 +182,8 @@ class AnswerWriter(LightningModule):
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         model = self.language_model.model.eval()
-        return model.generate(prompts, **arguments, synced_gpus=isinstance(model, FSDPModule))
+        sharded = isinstance(model, FSDPModule)
+        return model.generate(prompts, _data(self.trainer).tokenizer, **arguments, synced_gpus=sharded)
 
     def on_predict_end(self) -> None:
         """Make one file of what the processes have written."""

@@ -1,4 +1,4 @@
-"""A table and some answers that compare models on the held-out split."""
+"""Figures of models on the held-out split, and a table that compares them."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerEvaluation
@@ -45,10 +46,12 @@ def evaluate(
     evaluation = AnswerEvaluation(path, decoding)
     trainer.callbacks.append(evaluation)  # type: ignore[attr-defined]
     try:
-        (means,) = trainer.test(module, data, verbose=False)
+        means = trainer.test(module, data, verbose=False)
+        if not means:
+            raise UsageError("nothing was tested: give trainer.limit_test_batches another value than 0.")
     finally:
         trainer.callbacks.remove(evaluation)  # type: ignore[attr-defined]
-    figures = {name.removeprefix("test/"): value for name, value in means.items()}
+    figures = {name.removeprefix("test/"): value for name, value in means[0].items()}
     figures["perplexity"] = math.exp(figures["cross_entropy"])
     return figures, evaluation.answers
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class CacheWriter(LightningModule):
         codec: how hidden states are stored: ``bfloat16``, ``int8``, ``int4``, or the name of your own.
         top_k: store this many log-probabilities of the likeliest tokens instead of hidden states.
         shard_tokens: response tokens of a shard, which is kept in memory until it is full.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UsageError: a teacher, codec or folder that cannot be used.
@@ -74,6 +75,7 @@ class CacheWriter(LightningModule):
         codec: str = "int8",
         top_k: int | None = None,
         shard_tokens: int = 2**16,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
@@ -83,7 +85,7 @@ class CacheWriter(LightningModule):
         self.path = Path(path).expanduser()
         self.top_k = top_k
         self.shard_tokens = shard_tokens
-        self.teacher = LiveTeacher(teacher)
+        self.teacher = LiveTeacher(teacher, trust_remote_code)
         self.name = (
             teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "") or type(teacher).__name__
         )
@@ -126,7 +128,8 @@ class CacheWriter(LightningModule):
         tokenizer, template = data.tokenizer, data.template
         self.teacher.check_fits("teacher", tokenizer, data.max_length)
         model: Any = self.teacher.model.model
-        logits = self._probe(model)
+        # In its forward, where a sharded output layer is at hand.
+        logits = self._probe(model, lambda logits: logits if self.top_k is None else _dense(logits))
         head: dict[str, Tensor] = {}
         if self.top_k is None:
             layer = logits.head if isinstance(logits, Projection) else None
@@ -140,10 +143,11 @@ class CacheWriter(LightningModule):
             vocab_size = layer.out_features
             self._bytes_per_token = self.codec.bytes_per_token(layer.in_features)
         else:
-            vocab_size = _dense(logits).shape[-1]
+            assert isinstance(logits, Tensor)
+            vocab_size = logits.shape[-1]
             if self.top_k >= vocab_size:
                 raise UsageError(f"top_k must be less than the teacher's {vocab_size} outputs, got {self.top_k}.")
-            self._bytes_per_token = sum(p.nbytes for p in encode_top_k(_dense(logits)[:1], self.top_k).values())
+            self._bytes_per_token = sum(p.nbytes for p in encode_top_k(logits[:1], self.top_k).values())
         content = save(head) if head else b""
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -167,12 +171,12 @@ class CacheWriter(LightningModule):
         }
         return content
 
-    def _probe(self, model: nn.Module) -> Logits:
-        """The logits of a few tokens; whether the model splits is looked at on the way."""
+    def _probe(self, model: nn.Module, consume: Callable[[Logits], Logits]) -> Logits:
+        """What is made of the logits of a few tokens; whether the model splits is looked at on the way."""
         parameter = next(model.parameters(), torch.empty(0))
         tokens = torch.arange(8, device=parameter.device)[None]
         batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        return self.teacher(batch, torch.ones_like(tokens, dtype=torch.bool), lambda logits: logits)
+        return self.teacher(batch, torch.ones_like(tokens, dtype=torch.bool), consume)
 
     def _check_folder(self) -> None:
         """A cache may lie there, if it is one of the same teacher, tokenizer, template and codec."""

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -21,7 +22,9 @@ def digest(content: bytes) -> str:
 def weights_digest(model: nn.Module) -> str:
     """Digest of all parameters and buffers, names and precision included; called on all ranks, where it is sharded."""
     total = hashlib.sha256()
-    for name, tensor in tqdm(sorted(model.state_dict().items()), desc="Digest of the weights", leave=False):
+    quiet = getattr(rank_zero_only, "rank", 0) != 0
+    tensors = sorted(model.state_dict().items())
+    for name, tensor in tqdm(tensors, desc="Digest of the weights", leave=False, disable=quiet):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
         total.update(content.numpy().data)

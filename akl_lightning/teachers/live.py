@@ -28,24 +28,28 @@ class LiveTeacher(Teacher):
             :func:`akl_lightning.models.load_causal_lm` makes one of. The weights behind a name or folder are read when
             they are first needed, by :meth:`load` at the latest.
         trust_remote_code: run Python code that comes with the model.
+        role: what an error calls it.
     """
 
-    def __init__(self, source: nn.Module | Mapping[str, Any] | str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, source: nn.Module | Mapping[str, Any] | str, trust_remote_code: bool = False, role: str = "teacher"
+    ) -> None:
         self._unread: str | None = None
+        self._role = role
         self._trust_remote_code = trust_remote_code
         self._device: torch.device | None = None
         if isinstance(source, str) and not source.endswith(".gguf"):
             with suppress(UsageError):  # an adapter, which has no config of its own, or nothing at all
-                self._model = _frozen(outline_causal_lm(source, trust_remote_code, "teacher"))
+                self._model = _frozen(outline_causal_lm(source, trust_remote_code, self._role))
                 self._unread = source
         if self._unread is None:
-            self._model = _frozen(load_causal_lm(source, trust_remote_code, "teacher"))
+            self._model = _frozen(load_causal_lm(source, trust_remote_code, self._role))
 
     @property
     def model(self) -> SplitModel:
         """The language model."""
         if self._unread is not None:
-            self._model = _frozen(load_causal_lm(self._unread, self._trust_remote_code, "teacher"))
+            self._model = _frozen(load_causal_lm(self._unread, self._trust_remote_code, self._role))
             self._unread = None
             if self._device is not None:
                 self._model.to(self._device)

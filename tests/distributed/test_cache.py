@@ -34,8 +34,8 @@ def data(folder: Path) -> InstructionDataModule:
     return InstructionDataModule(tokenizer, JsonLines(str(folder / "pairs.jsonl")), **sizes)
 
 
-def write(folder: Path, name: str, ranks: int, **settings: Any) -> None:
-    writer = CacheWriter(str(folder / "teacher"), str(folder / name), shard_tokens=60)
+def write(folder: Path, name: str, ranks: int, top_k: int | None = None, **settings: Any) -> None:
+    writer = CacheWriter(str(folder / "teacher"), str(folder / name), shard_tokens=60, top_k=top_k)
     write_cache(writer, data(folder), trainer(ranks, **settings))
     if settings:
         parameters = list(writer.teacher.model.parameters())
@@ -136,6 +136,8 @@ def test_another_number_of_devices_goes_on(folder: Path) -> None:
 def test_a_sharded_teacher(folder: Path) -> None:
     write(folder, "one", 1)
     on_two(partial(write, strategy="fsdp2"), folder, "sharded", 2)
+    on_two(partial(write, strategy="fsdp2", top_k=4), folder, "sharded, top 4", 2)
+    assert manifest(folder, "sharded, top 4")["complete"]
     assert manifest(folder, "sharded")["teacher"] == manifest(folder, "one")["teacher"]
     assert manifest(folder, "sharded")["data"] == manifest(folder, "one")["data"]
     assert manifest(folder, "sharded")["head"] == manifest(folder, "one")["head"]

@@ -71,7 +71,7 @@ def test_greedy_equals_transformers(data: InstructionDataModule, tmp_path: Path)
 
 def test_the_test_logs_what_the_answers_are_worth(data: InstructionDataModule, tmp_path: Path) -> None:
     module = DistillationModule(gpt2(), gpt2())
-    figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "{model}.jsonl", SAMPLED)
+    figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "{key}.jsonl", SAMPLED)
     assert [len(group) for group in answers] == [2] * 4
     columns = list(zip(*answers, strict=True))
     scores = [rouge_l([r["answer"] for r in column], [r["references"] for r in column]) for column in columns]
@@ -146,7 +146,7 @@ def test_a_killed_run_loses_nothing(tokenizer_folder: str, corpus: str, tmp_path
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    there = [json.loads(line) for line in part.read_text().splitlines()]
+    there = [json.loads(line) for line in part.read_text().splitlines() if line]
     with part.open("a") as file:
         file.write(json.dumps(there[0])[:40])  # a line that was cut off
     data = InstructionDataModule(tokenizer_folder, JsonLines(corpus), batch_size=4, max_length=40, test_size=7)
@@ -167,7 +167,7 @@ def test_any_split_and_prompts_without_a_reference(tokenizer, tmp_path: Path) ->
         figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "a.jsonl", Decoding(max_new_tokens=4))
     assert [group[0]["references"] for group in answers] == [[], ["one", "two"], ["one", "two"]]
     assert figures["fkl"] > 0, "the sample without a response has no part in it"
-    with pytest.raises(UsageError, match="JsonLines has no pairs to train on"):
+    with pytest.raises(UsageError, match="JsonLines gives no train pairs"):
         Trainer(**QUIET, max_epochs=1).fit(module, data)
 
 
@@ -188,7 +188,7 @@ def test_bad_decoding(wrong: dict[str, Any], message: str) -> None:
 def test_bad_input(data: InstructionDataModule, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="= 139 is beyond the 64 positions of the model"):
         write(data, tmp_path / "a.jsonl", Decoding(max_new_tokens=100))
-    with pytest.raises(UsageError, match=r"cannot write answers to /proc/a\.jsonl"):
+    with pytest.raises(UsageError, match=r"cannot write .*/proc"):
         write(data, Path("/proc/a.jsonl"), SAMPLED)
     data.setup("test")
     with pytest.raises(UsageError, match="give the Trainer an InstructionDataModule"):
