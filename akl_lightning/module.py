@@ -190,8 +190,8 @@ class DistillationModule(LightningModule):
                 "student: lower one of them."
             )
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    # No property named tokenizer, which subclasses like to set.
+    def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The data module's, else the one that lies beside student or teacher, or None."""
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         return getattr(data, "tokenizer", None) or self._tokenizers["student"] or self._tokenizers["teacher"]

@@ -80,8 +80,9 @@ class SampledAnswers(Callback):
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, DistillationModule) and pl_module.tokenizer is not None
-        tokenizer, limit = pl_module.tokenizer, pl_module.student.max_positions
+        assert isinstance(pl_module, DistillationModule)
+        tokenizer, limit = pl_module.find_tokenizer(), pl_module.student.max_positions
+        assert tokenizer is not None
         room = None if limit is None else limit - pl_module.max_new_tokens
         tasks = [task for task in self._tasks if room is None or len(task.prompt) <= room]
         filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)

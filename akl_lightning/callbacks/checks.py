@@ -20,7 +20,7 @@ def require_logger(callback: Callback, trainer: Trainer) -> None:
 
 def require_tokenizer(callback: Callback, module: LightningModule) -> None:
     """Raise :class:`UsageError` unless something can turn tokens into words."""
-    if not isinstance(module, DistillationModule) or module.tokenizer is None:
+    if not isinstance(module, DistillationModule) or module.find_tokenizer() is None:
         raise UsageError(
             f"{type(callback).__name__} needs a tokenizer to write words: give the Trainer a data module that has one "
             "as its tokenizer, or remove the callback."

@@ -57,7 +57,7 @@ class DistributionPlot(Callback):
         """Draw, if it is the batch that the sample lies in."""
         if not wanted_of_batch(trainer, batch_idx, dataloader_idx, 1):
             return
-        assert isinstance(pl_module, DistillationModule) and pl_module.tokenizer is not None
+        assert isinstance(pl_module, DistillationModule)
         # On every rank, with or without a response, as each may have a part of the models.
         rows = response_rows(pl_module, batch)
         index = rows[0].number if rows else 0
@@ -66,7 +66,8 @@ class DistributionPlot(Callback):
         student, teacher = pl_module.distributions(sample, slice(position, position + 1))
         if not rows or not trainer.is_global_zero:
             return
-        divergence, tokenizer = pl_module.criterion.divergence, pl_module.tokenizer
+        divergence, tokenizer = pl_module.criterion.divergence, pl_module.find_tokenizer()
+        assert tokenizer is not None
         in_head = F.head_mask(teacher, divergence.mu, divergence.head_rule)[0].cpu()
         student, teacher = student[0].cpu(), teacher[0].cpu()
         tokens = likeliest(student, teacher, _SHOWN)

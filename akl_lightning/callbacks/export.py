@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from akl_lightning.callbacks.model_card import model_card
@@ -107,7 +107,7 @@ class StudentExport(Callback):
         if _is_empty(path):
             path.rmdir()
         path = free_path(path)
-        model, tokenizer = module.student.model, module.tokenizer
+        model, tokenizer = module.student.model, module.find_tokenizer()
         with atomic_folder(path) as folder:
             with _without_progress_bar():
                 model.save_pretrained(folder, state_dict=own)
@@ -115,11 +115,8 @@ class StudentExport(Callback):
                 tokenizer.save_pretrained(folder)
             if model.can_generate():
                 generation = copy.deepcopy(model.generation_config)
-                if tokenizer is not None:  # the end that the data's answers have
-                    generation.eos_token_id = tokenizer.eos_token_id
-                    generation.pad_token_id = tokenizer.eos_token_id
-                    if tokenizer.pad_token_id is not None:
-                        generation.pad_token_id = tokenizer.pad_token_id
+                if tokenizer is not None:
+                    _end_as(generation, tokenizer)
                 generation.save_pretrained(folder)
             card = model_card(trainer, module, f"{which}, after {step:,} optimizer steps", self.validations.get(step))
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -132,6 +129,16 @@ class StudentExport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what the run that is resumed has measured."""
         self.validations = dict(state_dict["validations"])
+
+
+def _end_as(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let answers end as those of the data do."""
+    ends = generation.eos_token_id
+    if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        generation.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 
 
 @contextmanager

@@ -68,8 +68,9 @@ class HeadWeightMap(Callback):
         wanted = wanted_of_batch(trainer, batch_idx, dataloader_idx, self.answers)
         if not wanted or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, DistillationModule) and pl_module.tokenizer is not None
-        tokenizer = pl_module.tokenizer
+        assert isinstance(pl_module, DistillationModule)
+        tokenizer = pl_module.find_tokenizer()
+        assert tokenizer is not None
         for row in response_rows(pl_module, batch)[:wanted]:
             prompt = batch["input_ids"][row.number, : row.positions[0] + 1]
             prompt = prompt[batch["attention_mask"][row.number, : len(prompt)].bool()]
