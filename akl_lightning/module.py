@@ -305,7 +305,9 @@ class DistillationModule(LightningModule):
     def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         """The student's answers; see :meth:`~akl_lightning.models.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
-        return self.student.generate(prompts, self.tokenizer, **arguments, synced_gpus=isinstance(self, FSDPModule))
+        return self.student.generate(
+            prompts, self.find_tokenizer(), **arguments, synced_gpus=isinstance(self, FSDPModule)
+        )
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""
