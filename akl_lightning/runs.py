@@ -134,7 +134,8 @@ def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | Non
     """
     if ckpt_path is None:
         # A launched rank has to agree with the one that launched it, which has begun to fill the folder.
-        run = Path(os.environ.get("AKL_RUN_FOLDER") or free_path(output_dir))
+        launched = os.environ.get("AKL_RUN_FOLDER") if "LOCAL_RANK" in os.environ else None
+        run = Path(launched or free_path(output_dir))
         os.environ["AKL_RUN_FOLDER"] = str(run)
         return run, None
     if ckpt_path == "last":

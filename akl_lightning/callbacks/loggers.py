@@ -61,7 +61,7 @@ def log_texts(trainer: Trainer, name: str, rows: Sequence[Mapping[str, str]]) ->
             assert logger.run_id is not None
             logger.experiment.log_text(logger.run_id, _markdown(rows), f"{name}/step-{step:06}.md")
         elif isinstance(logger, CSVLogger):
-            with (_folder(logger) / f"{name}.jsonl").open("a") as file:
+            with (_folder(logger) / f"{name}.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
 
