@@ -84,10 +84,10 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     assert columns <= set(rows["student after"])
 
     # The last lines say where everything lies, and it lies there.
-    lines = dict(re.findall(r"^(.+?): +(\S.*)$", "\n".join(first.strip().splitlines()[-6:]), re.M))
+    lines = dict(re.findall(r"^(.+?): +(\S.*)$", "\n".join(first.strip().splitlines()[-7:]), re.M))
     assert (folder / lines["Head and tail error per epoch"]).read_bytes().startswith(b"\x89PNG")
     assert (folder / lines["Figures"]).is_file()
-    kept = [read_answers(path) for path in sorted((folder / lines["All answers"]).iterdir())]
+    kept = [read_answers(path) for path in sorted((folder / lines["All answers"]).glob("*.jsonl"))]
     assert [len(records) for records in kept] == [128] * 3 and kept[0][0]["references"]
     assert (folder / lines["Checkpoints"] / "last.ckpt").is_file()
     assert (folder / lines["The best by validation"] / "model.safetensors").is_file()
