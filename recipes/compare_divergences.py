@@ -37,6 +37,7 @@ from tqdm import tqdm
 from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.checkpoint import atomic_file, newest_checkpoint
 from akl_lightning.cli import DistillationCLI, run_command
+from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import split_pairs
 from akl_lightning.data.sources import JsonLines, Pair
 from akl_lightning.errors import UsageError
@@ -255,6 +256,7 @@ def run(folder: Path, name: str, seed: int, arguments: list[str], decoding: Deco
         else:
             case.trainer.validate(case.model, case.datamodule, verbose=False)
         case.trainer.fit(case.model, case.datamodule, ckpt_path=checkpoint)
+        case.model.criterion = DistillationCriterion()  # one head for all, whatever the baseline's own is
         path = folder / "answers-{key}.jsonl"
         figures, _ = evaluate(case.trainer, case.model, case.datamodule, path, decoding)
         with atomic_file(folder / "result.json") as file:
