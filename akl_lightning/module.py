@@ -232,10 +232,21 @@ class DistillationModule(LightningModule):
 
         def beside(teacher: Logits | None) -> CriterionOutput:
             with torch.set_grad_enabled(with_gradient):
-                return self.student(batch, positions, lambda student: self.criterion(student, teacher, labels))
+                return self.student(batch, positions, lambda student: self.compare(student, teacher, labels))
 
         # One inside the other, so that both heads' weights are at hand, gathered once, however they are sharded.
         return beside(None) if self.teacher is None else self.teacher(batch, positions, beside)
+
+    def compare(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
+        """What the response tokens of a batch cost; the place for a loss of one's own on hidden states.
+
+        Args:
+            student: logits ``[tokens, vocab]`` or, of a model that splits into body and head, their
+                :class:`~akl_lightning.chunked.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
+            teacher: likewise, without gradient, live or from a cache; None without a teacher.
+            labels: ``[tokens]``, the tokens of the data.
+        """
+        return self.criterion(student, teacher, labels)
 
     @torch.no_grad()
     def distributions(self, batch: Batch, tokens: slice) -> tuple[Tensor, Tensor]:
