@@ -48,7 +48,7 @@ class HiddenStateDistillation(DistillationModule):
     ) -> None:
         super().__init__(student, teacher, **arguments)
         self.hidden_weight = hidden_weight
-        self.learning_rate = learning_rate
+        self.lr = learning_rate  # where the learning-rate finder looks, too
         self.layer_decay = layer_decay
         self.regressor = nn.Linear(self.student.config.hidden_size, teacher_width)
         self.hidden_distance = MeanMetric()
@@ -72,8 +72,8 @@ class HiddenStateDistillation(DistillationModule):
         within = {parameter for layer in layers for parameter in layer}
         groups: list[dict[str, Any]] = [{"params": [one for one in self.parameters() if one not in within]}]
         for depth, layer in enumerate(reversed(layers)):
-            groups.append({"params": layer, "lr": self.learning_rate * self.layer_decay**depth})
-        return torch.optim.RAdam(groups, self.learning_rate, weight_decay=0.01, decoupled_weight_decay=True)
+            groups.append({"params": layer, "lr": self.lr * self.layer_decay**depth})
+        return torch.optim.RAdam(groups, self.lr, weight_decay=0.01, decoupled_weight_decay=True)
 
 
 def main(teacher: str, pairs: str | None = None, batch_size: int = 32, max_epochs: int = 1) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -59,6 +59,13 @@ class StudentExport(Callback):
             raise UsageError(
                 f"StudentExport cannot write a {type(student).__name__}, only transformers models: remove the callback."
             )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[callbacks.index(self) :]:
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise UsageError(
+                    f"StudentExport stands before {type(callback).__name__} and would write weights that are not "
+                    "averaged yet: list it after."
+                )
         check_writable(self._folder(trainer).parent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

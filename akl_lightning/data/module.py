@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.sampler import FILLER, StepSampler
+from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
 from akl_lightning.data.sources import Docstrings, Pair, Source
 from akl_lightning.data.templates import CHAT, render
 from akl_lightning.errors import UsageError
@@ -148,14 +148,17 @@ class InstructionDataModule(LightningDataModule):
         return self._loader(self.predict_split, self.collate_prompts)
 
     def _loader(self, split: str, collate: Any, shuffle: bool = False) -> DataLoader:
-        data = self.splits[split]
+        data, batch_size = self.splits[split], self.batch_size
         trainer = self.trainer
         ranks = trainer.world_size if trainer else 1
-        accumulate = trainer.accumulate_grad_batches if trainer and split == "train" else 1
+
+        def step_size(epoch: int) -> int:
+            return batch_size * ranks * (accumulated(trainer, epoch) if trainer and split == "train" else 1)
+
         sampler = StepSampler(
             list(data["length"]),
-            self.batch_size,
-            self.batch_size * ranks * accumulate,
+            batch_size,
+            step_size,
             ranks,
             trainer.global_rank if trainer else 0,
             shuffle=shuffle,
@@ -166,7 +169,7 @@ class InstructionDataModule(LightningDataModule):
         sampler.set_epoch(trainer.current_epoch if trainer else 0)
         return StatefulDataLoader(
             _Rows(data.select_columns(["prompt_ids", "response_ids"])),
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
