@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -29,7 +30,16 @@ from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
 from akl_lightning.functional import log_probs
 from akl_lightning.metrics import distillation_metrics
-from akl_lightning.models import Batch, SplitModel, check_same_vocabulary, load_causal_lm, tokenizer_of
+from akl_lightning.models import (
+    Batch,
+    LoraSettings,
+    Precision,
+    SplitModel,
+    add_lora,
+    check_same_vocabulary,
+    load_causal_lm,
+    tokenizer_of,
+)
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache import CACHE_PREFIX, CachedTeacher
@@ -88,6 +98,9 @@ class DistillationModule(LightningModule):
         warmup_steps: optimizer steps of linear warm-up, for a schedule given by name.
         max_new_tokens: length of the answers that :meth:`predict_step` generates.
         trust_remote_code: run Python code that comes with the models.
+        lora: train a LoRA adapter of the student alone, through PEFT.
+        teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
+        attn_implementation: of both models, in the words of ``transformers``; None for its choice.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -107,13 +120,20 @@ class DistillationModule(LightningModule):
         warmup_steps: int = 0,
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
+        lora: LoraSettings | None = None,
+        teacher_precision: Precision = "float32",
+        attn_implementation: str | None = None,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
         plain = {"student": student, "teacher": teacher}
         plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
-        self.save_hyperparameters(*plain, "warmup_steps", "max_new_tokens", logger=False)
+        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation")
+        self.save_hyperparameters(*plain, *names, logger=False)
+        if lora is not None:
+            lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
+            self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
         cached = isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
@@ -121,12 +141,13 @@ class DistillationModule(LightningModule):
         self._tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self._tokenizers["teacher"] and self._tokenizers["student"]:
             check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
-        self.student = SplitModel(load_causal_lm(student, trust_remote_code, "student"))
+        model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
+        self.student = SplitModel(model if lora is None else add_lora(model, lora))
         self.teacher: Teacher | None = None
         if isinstance(teacher, str) and cached:
             self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
         elif teacher is not None:
-            self.teacher = LiveTeacher(teacher, trust_remote_code)
+            self.teacher = LiveTeacher(teacher, trust_remote_code, teacher_precision, attn_implementation)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
