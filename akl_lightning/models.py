@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -276,6 +277,7 @@ class SplitModel(nn.Module):
         self.model = model
         self._splits: bool | None = None
         """Whether head and hidden states give the model's logits; None before it was looked at."""
+        self._compiled = False
 
     @property
     def causal_lm(self) -> PreTrainedModel | None:
@@ -324,6 +326,18 @@ class SplitModel(nn.Module):
             )
         self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def compile_body(self) -> None:
+        """Run the body, or a model that does not split, through ``torch.compile``; the weights keep their names.
+
+        Answers are generated without: each of their lengths would be compiled anew.
+        """
+        body = self.model if self.causal_lm is None else self.causal_lm.base_model
+        body.compile(dynamic=True)
+        self._compiled = True
+
+    def _eagerly(self) -> Any:
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         """Raise :class:`UsageError` unless the model has a position and an output for all that the data may hold.
 
@@ -359,7 +373,8 @@ class SplitModel(nn.Module):
             raise UsageError(
                 f"{type(self.model).__name__} has no generate method: override the module's generate to answer with it."
             )
-        tokens = generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], **arguments)
+        with self._eagerly():
+            tokens = generate(input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], **arguments)
         return tokens[:, prompts["input_ids"].shape[1] :]
 
     def logits(self, batch: Batch) -> Tensor:
@@ -399,12 +414,18 @@ class SplitModel(nn.Module):
             gives them; or what ``consume`` made of it.
         """
         logits: Logits
-        if positions is None:
-            logits = self.logits(batch)
-        else:
-            if self._splits is None:
-                self._splits = self.head is not None and self._gives_own_logits(batch)
-            logits = self.projection(batch, positions) if self._splits else self.logits(batch)[positions]
+        if positions is not None and self._splits is None:
+            self._splits = self.head is not None and self._gives_own_logits(batch)
+        try:
+            if positions is None:
+                logits = self.logits(batch)
+            else:
+                logits = self.projection(batch, positions) if self._splits else self.logits(batch)[positions]
+        except TorchDynamoException as error:
+            raise UsageError(
+                f"torch.compile cannot compile {type(self.model).__name__} here ({str(error).splitlines()[0]}): set "
+                "model.compile to false."
+            ) from error
         return logits if consume is None else consume(logits)
 
     @torch.no_grad()
@@ -413,7 +434,7 @@ class SplitModel(nn.Module):
         longest = batch["attention_mask"].sum(-1).argmax()
         tokens = batch["input_ids"][longest][batch["attention_mask"][longest].bool()][None, :_LOOKED_AT]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        with _evaluating(self.model):
+        with _evaluating(self.model), self._eagerly():
             own = self.logits(row)[0]
             projection = self.projection(row, torch.ones_like(tokens, dtype=torch.bool))
             logits = projection.head(projection.hidden)

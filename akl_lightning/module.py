@@ -101,6 +101,7 @@ class DistillationModule(LightningModule):
         lora: train a LoRA adapter of the student alone, through PEFT.
         teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
         attn_implementation: of both models, in the words of ``transformers``; None for its choice.
+        compile: run the student's body through ``torch.compile``.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -123,6 +124,7 @@ class DistillationModule(LightningModule):
         lora: LoraSettings | None = None,
         teacher_precision: Precision = "float32",
         attn_implementation: str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
@@ -143,6 +145,8 @@ class DistillationModule(LightningModule):
             check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
         self.student = SplitModel(model if lora is None else add_lora(model, lora))
+        if compile:
+            self.student.compile_body()
         self.teacher: Teacher | None = None
         if isinstance(teacher, str) and cached:
             self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))

@@ -1,12 +1,17 @@
 """Instruction data for the Trainer."""
 
 import hashlib
+import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import tokenizers
 import torch
+import transformers
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,6 +26,7 @@ from akl_lightning.data.sources import Docstrings, Pair, Source
 from akl_lightning.data.templates import CHAT, render
 from akl_lightning.errors import UsageError
 from akl_lightning.models import load_tokenizer
+from akl_lightning.teachers.fingerprint import digest, template_digest
 
 IGNORE_INDEX = -100
 
@@ -44,7 +50,8 @@ class InstructionDataModule(LightningDataModule):
         validation_size: validation samples, as a number or a share, where the source has no such split.
         test_size: test samples, as a number or a share, where the source has no such split.
         group_by_length: let samples of a step be of similar length, which saves padding.
-        num_workers: processes that prepare batches.
+        num_workers: processes that prepare batches, and that tokenize where there is much of it. Tokens are kept in the
+            cache of ``datasets`` and found there by later runs.
         predict_split: whose prompts are predicted.
         seed: of the order of the samples.
         trust_remote_code: run Python code that comes with the tokenizer.
@@ -108,7 +115,15 @@ class InstructionDataModule(LightningDataModule):
             return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "length": []})
         data = datasets.Dataset.from_list([asdict(pair) for pair in pairs])
         settings = {"tokenizer": self.tokenizer, "template": self.template, "max_length": self.max_length}
-        data = data.map(_encode, batched=True, fn_kwargs=settings, desc=f"Tokenizing {split}")
+        data = data.map(
+            _encode,
+            batched=True,
+            fn_kwargs=settings,
+            # A process wants a batch of its own.
+            num_proc=min(self.num_workers, len(data) // 1000) or None,
+            cache_file_name=self._cache_file(pairs),
+            desc=f"Tokenizing {split}",
+        )
         fits = data.select([i for i, length in enumerate(data["prompt_length"]) if length <= self.max_prompt_length])
         if len(fits) < len(data):
             rank_zero_info(
@@ -121,6 +136,22 @@ class InstructionDataModule(LightningDataModule):
                 f"{self.max_prompt_length} tokens; raise it."
             )
         return fits
+
+    def _cache_file(self, pairs: list[Pair]) -> str | None:
+        """Where ``datasets`` keeps the tokens of these pairs, which lie in memory, by a name of all they depend on."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not datasets.is_caching_enabled():
+            return None
+        # Its own fingerprint changes with the padding and truncation that the last call has left in the tokenizer.
+        described = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+        depends_on = [
+            [asdict(pair) for pair in pairs],
+            [described, self.tokenizer.eos_token_id, template_digest(self.template, self.tokenizer), self.max_length],
+            [inspect.getsource(_encode), transformers.__version__, tokenizers.__version__],
+        ]
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder / f"{digest(json.dumps(depends_on).encode())}.arrow")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Loaders
@@ -173,6 +204,7 @@ class InstructionDataModule(LightningDataModule):
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             # Each iterator draws a seed for its workers; out of the global generator, a resumed run, which makes other
             # iterators, would go on with other random numbers.
             generator=torch.Generator().manual_seed(self.seed),
@@ -209,7 +241,7 @@ class InstructionDataModule(LightningDataModule):
         }
 
 
-# A function of its arguments alone, so that datasets can tell by hashing whether a result is cached.
+# A function of its arguments alone, which name the file that its result is cached in.
 def _encode(
     pairs: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
 ) -> dict[str, list[Any]]:
