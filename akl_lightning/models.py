@@ -5,16 +5,26 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch._dynamo.exc import TorchDynamoException
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from akl_lightning.chunked import Logits, Projection
 from akl_lightning.errors import UsageError
@@ -25,12 +35,19 @@ Result = TypeVar("Result")
 PACKAGE_PREFIX = "package:"
 """Marks the name of an installed package where a model is expected: of the GGUF file in it."""
 
+Precision = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
+"""Of a model's weights; the last two through bitsandbytes, everything but the layers' weights in bfloat16 then."""
+
 _LOOKED_AT = 16
 """Tokens on which the split of a model is checked."""
 
 
 def load_causal_lm(
-    source: nn.Module | Mapping[str, Any] | str, trust_remote_code: bool = False, role: str = "model"
+    source: nn.Module | Mapping[str, Any] | str,
+    trust_remote_code: bool = False,
+    role: str = "model",
+    precision: Precision = "float32",
+    attn_implementation: str | None = None,
 ) -> nn.Module:
     """Get a causal language model.
 
@@ -41,16 +58,23 @@ def load_causal_lm(
             :func:`prune_layers`), or a module, which is returned as it is.
         trust_remote_code: run Python code that comes with the model.
         role: what an error calls it.
+        precision: of the weights.
+        attn_implementation: of ``transformers``: ``eager``, ``sdpa``, ``flash_attention_2``, …; None for its choice.
 
     Raises:
-        UsageError: the name, folder or config gives no model.
+        UsageError: the name, folder or config gives no model, or none of that precision or attention.
     """
     if isinstance(source, nn.Module):
         return source
+    if precision in ("4bit", "8bit") and (not isinstance(source, str) or source.endswith(".gguf")):
+        raise UsageError(
+            f"only a {role} in a folder or on the hub is quantised as it is read: give {precision} no other."
+        )
+    dtype = _dtype(precision)
     if isinstance(source, Mapping) and "layers_of" in source:
         if set(source) != {"layers_of", "keep"}:
             raise UsageError(f"a {role} made of layers_of another needs keep, the numbers of these, and nothing else.")
-        whole = load_causal_lm(source["layers_of"], trust_remote_code, role)
+        whole = load_causal_lm(source["layers_of"], trust_remote_code, role, precision, attn_implementation)
         return prune_layers(whole, source["keep"])  # type: ignore[arg-type]
     if isinstance(source, Mapping):
         if "model_type" not in source:
@@ -59,25 +83,42 @@ def load_causal_lm(
             config = AutoConfig.for_model(**source)
         except ValueError as error:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
-        return AutoModelForCausalLM.from_config(config)
+        with _explained(role, str(source["model_type"]), attn_implementation):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     location = _location(source)
-    with _explained(role, source):
+    with _explained(role, source, attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(
-            **location, **_dense(location), dtype=torch.float32, trust_remote_code=trust_remote_code
+            **location,
+            **_quantization(location, precision),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
         )
     return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
 
 
-def outline_causal_lm(source: str, trust_remote_code: bool = False, role: str = "model") -> PreTrainedModel:
+def outline_causal_lm(
+    source: str,
+    trust_remote_code: bool = False,
+    role: str = "model",
+    precision: Precision = "float32",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
     """Build a model on the meta device, where it takes no memory, from the config of a hub name or local folder.
 
     Raises:
         UsageError: there is none.
     """
-    with _explained(role, source):
+    dtype = _dtype(precision)
+    with _explained(role, source, attn_implementation):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -117,19 +158,37 @@ def _in_package(source: str) -> str:
     return str(found[0])
 
 
-def _dense(location: Mapping[str, str]) -> dict[str, Any]:
-    """Unpack the weights of a GGUF file: those left in its blocks can be neither trained nor saved."""
-    config = getattr(transformers, "GgufConfig", None)  # before it came, transformers always unpacked them
-    return {"quantization_config": config(dequantize=True)} if config and "gguf_file" in location else {}
+def _dtype(precision: Precision) -> torch.dtype:
+    if precision not in ("8bit", "4bit"):
+        return getattr(torch, precision)
+    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
+        raise UsageError(f"{precision} weights need bitsandbytes: pip install bitsandbytes accelerate.")
+    return torch.bfloat16
+
+
+def _quantization(location: Mapping[str, str], precision: Precision) -> dict[str, Any]:
+    if precision in ("8bit", "4bit"):
+        eight = precision == "8bit"
+        config = BitsAndBytesConfig(
+            load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        return {"quantization_config": config}
+    # Unpack the weights of a GGUF file: those left in its blocks can be neither trained nor saved.
+    unpack = getattr(transformers, "GgufConfig", None)  # before it came, transformers always unpacked them
+    return {"quantization_config": unpack(dequantize=True)} if unpack and "gguf_file" in location else {}
 
 
 @contextmanager
-def _explained(role: str, source: str) -> Iterator[None]:
+def _explained(role: str, source: str, attn_implementation: str | None = None) -> Iterator[None]:
     """Say in one sentence why something cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if attn_implementation is not None and ("attn_implementation" in str(error) or isinstance(error, ImportError)):
+            reason = f"it has no attn_implementation {attn_implementation!r} here; take sdpa or eager"
+        elif isinstance(error, ImportError):
+            raise
+        elif "trust_remote_code" in str(error):
             reason = "it comes with code of its own; read that code, and give trust_remote_code: true to run it"
         elif isinstance(error, SafetensorError):
             reason = f"its weights are damaged ({error}); fetch or write them again"
@@ -140,6 +199,48 @@ def _explained(role: str, source: str) -> Iterator[None]:
                 "give the path of a local folder that save_pretrained wrote"
             )
         raise UsageError(f"cannot load the {role} {source!r}: {reason}.") from error
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """An adapter of low rank, arXiv 2106.09685: each target's weight ``W`` becomes ``W + alpha / rank * B A``.
+
+    Args:
+        rank: columns of ``B`` and rows of ``A``.
+        alpha: scale.
+        dropout: of the adapter's inputs.
+        target_modules: ends of the names of the layers that get one; None for PEFT's choice for the kind of model.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """Freeze a ``transformers`` model and give it a LoRA adapter, which is what is trained.
+
+    Raises:
+        UsageError: PEFT is not installed, or the model has no such layers.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError('model.lora needs PEFT: pip install -e ".[peft]".') from error
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"model.lora adapts transformers models, not a {type(model).__name__}: leave it out.")
+    try:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+        )
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"model.lora: {str(error).splitlines()[0]}") from error
 
 
 def tokenizer_of(
@@ -198,6 +299,7 @@ class SplitModel(nn.Module):
         self.model = model
         self._splits: bool | None = None
         """Whether head and hidden states give the model's logits; None before it was looked at."""
+        self._compiled = False
 
     @property
     def causal_lm(self) -> PreTrainedModel | None:
@@ -246,6 +348,18 @@ class SplitModel(nn.Module):
             )
         self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def compile_body(self) -> None:
+        """Run the body, or a model that does not split, through ``torch.compile``; the weights keep their names.
+
+        Answers are generated without: each of their lengths would be compiled anew.
+        """
+        body = self.model if self.causal_lm is None else self.causal_lm.base_model
+        body.compile(dynamic=True)
+        self._compiled = True
+
+    def _eagerly(self) -> Any:
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         """Raise :class:`UsageError` unless the model has a position and an output for all that the data may hold.
 
@@ -288,7 +402,8 @@ class SplitModel(nn.Module):
             end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
             settings |= {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-        tokens = generate(**inputs, **{**settings, **arguments})
+        with self._eagerly():
+            tokens = generate(**inputs, **{**settings, **arguments})
         return tokens[:, prompts["input_ids"].shape[1] :]
 
     def logits(self, batch: Batch) -> Tensor:
@@ -328,12 +443,18 @@ class SplitModel(nn.Module):
             gives them; or what ``consume`` made of it.
         """
         logits: Logits
-        if positions is None:
-            logits = self.logits(batch)
-        else:
-            if self._splits is None:
-                self._splits = self.head is not None and self._gives_own_logits(batch)
-            logits = self.projection(batch, positions) if self._splits else self.logits(batch)[positions]
+        if positions is not None and self._splits is None:
+            self._splits = self.head is not None and self._gives_own_logits(batch)
+        try:
+            if positions is None:
+                logits = self.logits(batch)
+            else:
+                logits = self.projection(batch, positions) if self._splits else self.logits(batch)[positions]
+        except TorchDynamoException as error:
+            raise UsageError(
+                f"torch.compile cannot compile {type(self.model).__name__} here ({str(error).splitlines()[0]}): set "
+                "model.compile to false."
+            ) from error
         return logits if consume is None else consume(logits)
 
     @torch.no_grad()
@@ -342,7 +463,7 @@ class SplitModel(nn.Module):
         longest = batch["attention_mask"].sum(-1).argmax()
         tokens = batch["input_ids"][longest][batch["attention_mask"][longest].bool()][None, :_LOOKED_AT]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        with _evaluating(self.model):
+        with _evaluating(self.model), self._eagerly():
             own = self.logits(row)[0]
             projection = self.projection(row, torch.ones_like(tokens, dtype=torch.bool))
             logits = projection.head(projection.hidden)

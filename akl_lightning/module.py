@@ -3,16 +3,18 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
@@ -24,10 +26,20 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
 from akl_lightning.chunked import Logits, project_and_compare, rows_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
+from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
 from akl_lightning.functional import log_probs
 from akl_lightning.metrics import distillation_metrics
-from akl_lightning.models import Batch, SplitModel, check_same_vocabulary, load_causal_lm, tokenizer_of
+from akl_lightning.models import (
+    Batch,
+    LoraSettings,
+    Precision,
+    SplitModel,
+    add_lora,
+    check_same_vocabulary,
+    load_causal_lm,
+    tokenizer_of,
+)
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache import CACHE_PREFIX, CachedTeacher
@@ -69,6 +81,10 @@ class DistillationModule(LightningModule):
     Logged: ``{train,val,test}/{loss,divergence,cross_entropy,fkl,rkl,head_error,tail_error,head_weight,
     top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step.
 
+    Lightning's own callbacks and tools work with it, but for these: averages of weights (SWA, EMA) are not taken of a
+    sharded student, the learning-rate finder compares summed losses and so wants samples that are not grouped by
+    length, and the batch-size finder searches on one device only, from a data module.
+
     Args:
         student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), some
             layers of another model (``{layers_of: models/large, keep: [0, 2, 4]}``), or a module. A module that is no
@@ -82,6 +98,10 @@ class DistillationModule(LightningModule):
         warmup_steps: optimizer steps of linear warm-up, for a schedule given by name.
         max_new_tokens: length of the answers that :meth:`predict_step` generates.
         trust_remote_code: run Python code that comes with the models.
+        lora: train a LoRA adapter of the student alone, through PEFT.
+        teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
+        attn_implementation: of both models, in the words of ``transformers``; None for its choice.
+        compile: run the student's body through ``torch.compile``.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -101,13 +121,21 @@ class DistillationModule(LightningModule):
         warmup_steps: int = 0,
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
+        lora: LoraSettings | None = None,
+        teacher_precision: Precision = "float32",
+        attn_implementation: str | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
         plain = {"student": student, "teacher": teacher}
         plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
-        self.save_hyperparameters(*plain, "warmup_steps", "max_new_tokens", logger=False)
+        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation")
+        self.save_hyperparameters(*plain, *names, logger=False)
+        if lora is not None:
+            lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
+            self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
         cached = isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
@@ -115,12 +143,17 @@ class DistillationModule(LightningModule):
         self._tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self._tokenizers["teacher"] and self._tokenizers["student"]:
             check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
-        self.student = SplitModel(load_causal_lm(student, trust_remote_code, "student"))
+        model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
+        self.student = SplitModel(model if lora is None else add_lora(model, lora))
+        if compile:
+            self.student.compile_body()
         self.teacher: Teacher | None = None
         if isinstance(teacher, str) and cached:
             self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
         elif teacher is not None:
-            self.teacher = LiveTeacher(teacher, trust_remote_code)
+            self.teacher = LiveTeacher(
+                teacher, trust_remote_code, precision=teacher_precision, attn_implementation=attn_implementation
+            )
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -128,6 +161,9 @@ class DistillationModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         for stage in ("train", "val", "test"):
             self.add_module(f"{stage}_metrics", distillation_metrics(f"{stage}/", with_teacher=teacher is not None))
+        self.lr: float | None = None
+        """Learning rate of all parameter groups in place of the optimizer's own, or None; Lightning's finder sets it. A
+        subclass that overrides :meth:`configure_optimizers` reads it there."""
         self._window: list[MicroBatch] = []
         self._unseen: list[Step] = []
         self._random_states: list[dict[str, Any]] = []
@@ -145,6 +181,21 @@ class DistillationModule(LightningModule):
 
     # ----------------------------------------------------------------------------------------------------------------
     # Checks before any work
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add none, but refuse those that cannot work, before any of them is set up."""
+        data = getattr(self.trainer, "datamodule", None)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            name = type(callback).__name__
+            averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
+            if averages and isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+                raise UsageError(f"{name} cannot average a sharded student: use the strategy ddp, or remove it.")
+            if isinstance(callback, LearningRateFinder) and getattr(data, "group_by_length", False):
+                raise UsageError(
+                    f"{name} compares the summed losses of batches, which samples grouped by length set far apart: set "
+                    "data.group_by_length to false while it searches."
+                )
+        return []
 
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
@@ -234,10 +285,21 @@ class DistillationModule(LightningModule):
 
         def beside(teacher: Logits | None) -> CriterionOutput:
             with torch.set_grad_enabled(with_gradient):
-                return self.student(batch, positions, lambda student: self.criterion(student, teacher, labels))
+                return self.student(batch, positions, lambda student: self.compare(student, teacher, labels))
 
         # One inside the other, so that both heads' weights are at hand, gathered once, however they are sharded.
         return beside(None) if self.teacher is None else self.teacher(batch, positions, beside)
+
+    def compare(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
+        """What the response tokens of a batch cost; the place for a loss of one's own on hidden states.
+
+        Args:
+            student: logits ``[tokens, vocab]`` or, of a model that splits into body and head, their
+                :class:`~akl_lightning.chunked.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
+            teacher: likewise, without gradient, live or from a cache; None without a teacher.
+            labels: ``[tokens]``, the tokens of the data.
+        """
+        return self.criterion(student, teacher, labels)
 
     @torch.no_grad()
     def distributions(self, batch: Batch, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -343,8 +405,11 @@ class DistillationModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its schedule."""
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         if isinstance(self.lr_scheduler, str):
-            steps = int(self.trainer.estimated_stepping_batches)
+            steps = None if self.lr_scheduler.startswith("constant") else self._steps_of_run()
             scheduler = get_scheduler(self.lr_scheduler, optimizer, self.warmup_steps, steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         scheduler = self.lr_scheduler(optimizer)
@@ -352,6 +417,20 @@ class DistillationModule(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _steps_of_run(self) -> int:
+        trainer = self.trainer
+        steps = trainer.estimated_stepping_batches  # which loads the data, and knows no GradientAccumulationScheduler
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
+        if epochs > 0 and math.isfinite(batches):
+            counted = sum(math.ceil(batches / accumulated(trainer, epoch)) for epoch in range(epochs))
+            steps = counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
+        if not 0 <= steps < math.inf:
+            raise UsageError(
+                f"the schedule {self.lr_scheduler!r} spans the whole run, which has no end that is known: set "
+                "trainer.max_steps, or take lr_scheduler constant."
+            )
+        return int(steps)
 
     def optimizer_step(
         self,
@@ -430,6 +509,10 @@ class DistillationModule(LightningModule):
         # Whoever has asked for trainer.estimated_stepping_batches has made the Trainer load the data, and once it has,
         # it forgets to restore where they were.
         self.trainer.fit_loop._combined_loader = None
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.lr is not None and any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+            # The finder sets the optimizer's rate, and a schedule would set it back to what it was made with.
+            self.trainer.strategy.setup_optimizers(self.trainer)
         if not isinstance(self.trainer.strategy, FSDPStrategy):  # which has its own way to gather them
             for optimizer in self.trainer.optimizers:
                 key_by_name(optimizer, self)
@@ -444,8 +527,9 @@ class DistillationModule(LightningModule):
                 f"checkpoint in the middle of an optimizer step: its {len(self._window)} micro-batches so far are "
                 "missing from a run that resumes there. Save after whole steps, as LastCheckpoint does."
             )
-        checkpoint["dealt"] = self._dealt()
-        checkpoint["within_epoch"] = not self.trainer.is_last_batch
+        checkpoint["dealt"] = self._dealt(self.current_epoch)
+        begun = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
+        checkpoint["within_epoch"] = begun and not self.trainer.is_last_batch
         checkpoint["random_states"] = [random_states()]
         if self.trainer.world_size > 1:
             checkpoint["random_states"] *= self.trainer.world_size
@@ -470,12 +554,15 @@ class DistillationModule(LightningModule):
             )
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
-        dealt = self._dealt()
+        dealt = self._dealt(checkpoint["epoch"])
         if checkpoint.get("within_epoch") and checkpoint.get("dealt", dealt) != dealt:
             raise UsageError(
                 f"the checkpoint lies within an epoch whose samples were dealt to {checkpoint['dealt']}, not to "
                 f"{dealt}: go on with the same, or from a checkpoint at the end of an epoch."
             )
+        # Lightning's finders try some steps before the run, and then go back to where they were.
+        self._window, self._unseen = [], []
+        self.train_metrics.reset()
         self._random_states = checkpoint.get("random_states", [])
         if self._trainer.is_global_zero:  # sums over ranks, so one of them has it all
             for name, state in checkpoint.get("train_metrics", {}).items():
@@ -485,11 +572,11 @@ class DistillationModule(LightningModule):
                 metric.update()
                 metric.merge_state({key: value.to(metric.device) for key, value in state.items()})
 
-    def _dealt(self) -> str:
+    def _dealt(self, epoch: int) -> str:
         data = getattr(self.trainer, "datamodule", None)
         return (
             f"{self.trainer.world_size} processes x {getattr(data, 'batch_size', '?')} samples x "
-            f"{self.trainer.accumulate_grad_batches} accumulated"
+            f"{accumulated(self.trainer, epoch)} accumulated"
         )
 
     @classmethod
@@ -504,7 +591,8 @@ class DistillationModule(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of the run that is resumed."""
+        """Go on with the accumulation and the random numbers of the run that is resumed."""
+        self.trainer.accumulate_grad_batches = accumulated(self.trainer, self.current_epoch)
         if self.trainer.global_rank < len(self._random_states):
             set_random_states(self._random_states[self.trainer.global_rank])
         self._random_states = []

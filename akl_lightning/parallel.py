@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from akl_lightning.errors import UsageError
-from akl_lightning.models import decoder_layers, outline_causal_lm
+from akl_lightning.models import Precision, decoder_layers, outline_causal_lm
 
 Wrapped = TypeVar("Wrapped", bound=nn.Module)
 
@@ -47,7 +47,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module, release
 
 
 def load_sharded(
-    source: str, mesh: DeviceMesh, wrap: Callable[[nn.Module], Wrapped], trust_remote_code: bool = False
+    source: str,
+    mesh: DeviceMesh,
+    wrap: Callable[[nn.Module], Wrapped],
+    trust_remote_code: bool = False,
+    role: str = "model",
+    precision: Precision = "float32",
+    attn_implementation: str | None = None,
 ) -> Wrapped | None:
     """Load a frozen model so that each rank reads no more of the weights than its own shard.
 
@@ -56,11 +62,19 @@ def load_sharded(
         mesh: one-dimensional.
         wrap: puts the frozen model into the module whose forward is called.
         trust_remote_code: run Python code that comes with the model.
+        role: what an error calls it.
+        precision: of the weights.
+        attn_implementation: as for :func:`akl_lightning.models.load_causal_lm`.
 
     Returns:
         What ``wrap`` made; None where the weights are no plain safetensors under the model's own names.
+
+    Raises:
+        UsageError: weights that are damaged, or to be quantised.
     """
-    model = outline_causal_lm(source, trust_remote_code)
+    if precision in ("8bit", "4bit"):
+        raise UsageError(f"a {role} in {precision} is not sharded: use the strategy ddp, or another precision.")
+    model = outline_causal_lm(source, trust_remote_code, role, precision, attn_implementation)
     patterns = ["model.safetensors", "model-*.safetensors", "*.json"]
     folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=patterns)
     reader = HuggingFaceStorageReader(folder)

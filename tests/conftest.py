@@ -2,10 +2,14 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 # Whatever a test does, it must not reach for the hub; its library reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor leave anything in the user's cache.
+CACHE = tempfile.TemporaryDirectory(prefix="akl-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

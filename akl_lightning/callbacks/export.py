@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,13 +32,17 @@ class StudentExport(Callback):
         dirpath: the folder; the best student goes to the one beside it whose name ends in ``-best``. Where it is not
             given, ``student`` in the Trainer's ``default_root_dir``. Nothing is ever overwritten: a folder that is
             given and not empty is refused, and a run that is resumed, or that names none, goes on to ``student-v1``.
+        merge: write a student that PEFT has wrapped as one model, its adapter merged in; False for the adapter alone,
+            which is loaded onto the model that it was made for.
 
     Raises:
-        UsageError: the student is no ``transformers`` model; the folder is another run's or cannot be written to.
+        UsageError: the student is no ``transformers`` model, or its adapter cannot be written so; the folder is another
+            run's or cannot be written to.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, merge: bool = True) -> None:
         self.dirpath = dirpath
+        self.merge = merge
         self.exported: Path | None = None
         """Where the last student lies, once it is written."""
         self.exported_best: Path | None = None
@@ -54,11 +58,26 @@ class StudentExport(Callback):
         """Check that the student can be exported."""
         if stage != "fit":
             return
-        student = getattr(getattr(pl_module, "student", None), "model", None)
-        if not isinstance(student, PreTrainedModel):
+        student: Any = getattr(getattr(pl_module, "student", None), "model", None)
+        adapted = hasattr(student, "peft_config")
+        if not adapted and not isinstance(student, PreTrainedModel):
             raise UsageError(
                 f"StudentExport cannot write a {type(student).__name__}, only transformers models: remove the callback."
             )
+        if adapted and self.merge and not hasattr(student.base_model, "merge_and_unload"):
+            raise UsageError("StudentExport cannot merge this kind of adapter: give it merge=False.")
+        if adapted and not self.merge and not student.get_base_model().name_or_path:
+            raise UsageError(
+                "StudentExport cannot write the adapter alone, the student has no folder to load it onto: save the "
+                "student and give its folder, or let merge be true."
+            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[callbacks.index(self) :]:
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                raise UsageError(
+                    f"StudentExport stands before {type(callback).__name__} and would write weights that are not "
+                    "averaged yet: list it after."
+                )
         check_writable(self._folder(trainer).parent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,6 +127,9 @@ class StudentExport(Callback):
             path.rmdir()
         path = free_path(path)
         model, tokenizer = module.student.model, module.find_tokenizer()
+        if hasattr(model, "peft_config") and self.merge:
+            model = _merged(model, own)
+            own = model.state_dict()
         with atomic_folder(path) as folder:
             with _without_progress_bar():
                 model.save_pretrained(folder, state_dict=own)
@@ -151,6 +173,23 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+def _merged(model: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """A new model with these weights, adapters merged in; the one that is trained, perhaps sharded, stays as it is."""
+    from peft import get_peft_model
+
+    base = model.get_base_model()
+    merged = type(base)._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+    (name, config), *others = copy.deepcopy(model.peft_config).items()
+    merged = get_peft_model(merged, config, name)
+    for other, config in others:
+        merged.add_adapter(other, config)
+    merged.load_state_dict(weights)
+    merged.set_adapter(model.active_adapter)
+    merged = merged.merge_and_unload()
+    merged.generation_config = copy.deepcopy(base.generation_config)
+    return merged
 
 
 def _is_empty(folder: Path) -> bool:

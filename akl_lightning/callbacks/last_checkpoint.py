@@ -109,6 +109,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, DistillationModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         for logger in trainer.loggers:
             logger.save()
         self.last_model_path = str(self.path)

@@ -1,12 +1,17 @@
 """Instruction data for the Trainer."""
 
 import hashlib
+import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import tokenizers
 import torch
+import transformers
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,11 +21,12 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.sampler import FILLER, StepSampler
+from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
 from akl_lightning.data.sources import Docstrings, Pair, Source
 from akl_lightning.data.templates import CHAT, render
 from akl_lightning.errors import UsageError
 from akl_lightning.models import load_tokenizer
+from akl_lightning.teachers.fingerprint import digest, template_digest
 
 IGNORE_INDEX = -100
 
@@ -44,7 +50,8 @@ class InstructionDataModule(LightningDataModule):
         validation_size: validation samples, as a number or a share, where the source has no such split.
         test_size: test samples, as a number or a share, where the source has no such split.
         group_by_length: let samples of a step be of similar length, which saves padding.
-        num_workers: processes that prepare batches.
+        num_workers: processes that prepare batches, and that tokenize where there is much of it. Tokens are kept in the
+            cache of ``datasets`` and found there by later runs.
         predict_split: whose prompts are predicted.
         seed: of the order of the samples.
         trust_remote_code: run Python code that comes with the tokenizer.
@@ -124,7 +131,16 @@ class InstructionDataModule(LightningDataModule):
         columns = {"prompt_ids": tokens, "response_ids": tokens}
         columns |= {"prompt": datasets.Value("string")} | dict.fromkeys(("prompt_length", "length"), tokens.feature)
         features = datasets.Features({**data.features, **columns})
-        data = data.map(_encode, batched=True, fn_kwargs=settings, desc=f"Tokenizing {split}", features=features)
+        data = data.map(
+            _encode,
+            batched=True,
+            fn_kwargs=settings,
+            # A process wants a batch of its own.
+            num_proc=min(self.num_workers, len(data) // 1000) or None,
+            cache_file_name=self._cache_file(pairs),
+            features=features,
+            desc=f"Tokenizing {split}",
+        )
         fits = data.select([i for i, length in enumerate(data["prompt_length"]) if length <= self.max_prompt_length])
         if len(fits) < len(data):
             rank_zero_info(
@@ -137,6 +153,22 @@ class InstructionDataModule(LightningDataModule):
                 f"{self.max_prompt_length} tokens; raise it."
             )
         return fits
+
+    def _cache_file(self, pairs: list[Pair]) -> str | None:
+        """Where ``datasets`` keeps the tokens of these pairs, which lie in memory, by a name of all they depend on."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not datasets.is_caching_enabled():
+            return None
+        # Its own fingerprint changes with the padding and truncation that the last call has left in the tokenizer.
+        described = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+        depends_on = [
+            [asdict(pair) for pair in pairs],
+            [described, self.tokenizer.eos_token_id, template_digest(self.template, self.tokenizer), self.max_length],
+            [inspect.getsource(_encode), transformers.__version__, tokenizers.__version__],
+        ]
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder / f"{digest(json.dumps(depends_on).encode())}.arrow")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Loaders
@@ -164,14 +196,17 @@ class InstructionDataModule(LightningDataModule):
         return self._loader(self.predict_split, self.collate_prompts)
 
     def _loader(self, split: str, collate: Any, shuffle: bool = False) -> DataLoader:
-        data = self.splits[split]
+        data, batch_size = self.splits[split], self.batch_size
         trainer = self.trainer
         ranks = trainer.world_size if trainer else 1
-        accumulate = trainer.accumulate_grad_batches if trainer and split == "train" else 1
+
+        def step_size(epoch: int) -> int:
+            return batch_size * ranks * (accumulated(trainer, epoch) if trainer and split == "train" else 1)
+
         sampler = StepSampler(
             list(data["length"]),
-            self.batch_size,
-            self.batch_size * ranks * accumulate,
+            batch_size,
+            step_size,
             ranks,
             trainer.global_rank if trainer else 0,
             shuffle=shuffle,
@@ -182,10 +217,11 @@ class InstructionDataModule(LightningDataModule):
         sampler.set_epoch(trainer.current_epoch if trainer else 0)
         return StatefulDataLoader(
             _Rows(data.select_columns(["prompt_ids", "response_ids"])),
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             # Each iterator draws a seed for its workers; out of the global generator, a resumed run, which makes other
             # iterators, would go on with other random numbers.
             generator=torch.Generator().manual_seed(self.seed),
@@ -222,7 +258,7 @@ class InstructionDataModule(LightningDataModule):
         }
 
 
-# A function of its arguments alone, so that datasets can tell by hashing whether a result is cached.
+# A function of its arguments alone, which name the file that its result is cached in.
 def _encode(
     pairs: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
 ) -> dict[str, list[Any]]:

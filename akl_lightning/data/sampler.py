@@ -1,14 +1,24 @@
 """Which samples make up an optimizer step, and which rank gets which of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DistributedSampler
 
 FILLER = -1
 """Index of a row without any response token, which fills up a rank that would otherwise have none."""
 
 _STEPS_PER_POOL = 32
+
+
+def accumulated(trainer: Trainer, epoch: int) -> int:
+    """Micro-batches of an optimizer step in an epoch, which a ``GradientAccumulationScheduler`` may change."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 # A DistributedSampler, so that Lightning leaves it alone on several devices and calls set_epoch.
@@ -23,7 +33,7 @@ class StepSampler(DistributedSampler):
         lengths: of the samples, in tokens.
         batch_size: samples of one micro-batch on one rank.
         step_size: samples of one optimizer step over all micro-batches and ranks; a multiple of ``batch_size`` times
-            ``num_replicas``.
+            ``num_replicas``. Or what gives that number for an epoch.
         num_replicas: ranks.
         rank: this one.
         shuffle: draw the samples at random.
@@ -38,7 +48,7 @@ class StepSampler(DistributedSampler):
         self,
         lengths: Sequence[int],
         batch_size: int,
-        step_size: int,
+        step_size: int | Callable[[int], int],
         num_replicas: int = 1,
         rank: int = 0,
         shuffle: bool = True,
@@ -67,13 +77,14 @@ class StepSampler(DistributedSampler):
     def _steps(self) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         count = len(self.lengths)
+        step_size = self.step_size if isinstance(self.step_size, int) else self.step_size(self.epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         if not self.group_by_length:
-            return list(order.split(self.step_size))
-        pools = order.split(self.step_size * _STEPS_PER_POOL) if self.shuffle else (order,)
-        steps = [step for pool in pools for step in pool[self.lengths[pool].argsort(stable=True)].split(self.step_size)]
+            return list(order.split(step_size))
+        pools = order.split(step_size * _STEPS_PER_POOL) if self.shuffle else (order,)
+        steps = [step for pool in pools for step in pool[self.lengths[pool].argsort(stable=True)].split(step_size)]
         if self.shuffle:
             # Only the last step may be short: a short one in between would end an accumulation window too early.
-            full = len(steps) - (len(steps[-1]) < self.step_size)
+            full = len(steps) - (len(steps[-1]) < step_size)
             steps = [steps[index] for index in torch.randperm(full, generator=generator)] + steps[full:]
         return steps

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.chunked import Logits
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch, SplitModel, load_causal_lm, outline_causal_lm
+from akl_lightning.models import Batch, Precision, SplitModel, load_causal_lm, outline_causal_lm
 from akl_lightning.parallel import load_sharded, shard
 from akl_lightning.teachers.base import Result, Teacher
 
@@ -29,27 +29,33 @@ class LiveTeacher(Teacher):
             they are first needed, by :meth:`load` at the latest.
         trust_remote_code: run Python code that comes with the model.
         role: what an error calls it.
+        precision: of the weights; those of a module stay as they are.
+        attn_implementation: as for :func:`akl_lightning.models.load_causal_lm`.
     """
 
     def __init__(
-        self, source: nn.Module | Mapping[str, Any] | str, trust_remote_code: bool = False, role: str = "teacher"
+        self,
+        source: nn.Module | Mapping[str, Any] | str,
+        trust_remote_code: bool = False,
+        role: str = "teacher",
+        precision: Precision = "float32",
+        attn_implementation: str | None = None,
     ) -> None:
         self._unread: str | None = None
-        self._role = role
-        self._trust_remote_code = trust_remote_code
+        self._how = (trust_remote_code, role, precision, attn_implementation)
         self._device: torch.device | None = None
         if isinstance(source, str) and not source.endswith(".gguf"):
             with suppress(UsageError):  # an adapter, which has no config of its own, or nothing at all
-                self._model = _frozen(outline_causal_lm(source, trust_remote_code, self._role))
+                self._model = _frozen(outline_causal_lm(source, *self._how))
                 self._unread = source
         if self._unread is None:
-            self._model = _frozen(load_causal_lm(source, trust_remote_code, self._role))
+            self._model = _frozen(load_causal_lm(source, *self._how))
 
     @property
     def model(self) -> SplitModel:
         """The language model."""
         if self._unread is not None:
-            self._model = _frozen(load_causal_lm(self._unread, self._trust_remote_code, self._role))
+            self._model = _frozen(load_causal_lm(self._unread, *self._how))
             self._unread = None
             if self._device is not None:
                 self._model.to(self._device)
@@ -60,7 +66,7 @@ class LiveTeacher(Teacher):
             self.model  # noqa: B018 (reading it is what loads it)
             return
         if self._unread is not None:
-            sharded = load_sharded(self._unread, mesh, _frozen, self._trust_remote_code)
+            sharded = load_sharded(self._unread, mesh, _frozen, *self._how)
             if sharded is not None:
                 self._model, self._unread = sharded, None
             else:

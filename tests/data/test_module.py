@@ -1,10 +1,14 @@
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Docstrings, HubDataset, JsonLines, Pair, PaperTestSet
@@ -175,3 +179,76 @@ def test_alpaca_template() -> None:
     assert render("alpaca", "Add.", "1 2").endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     assert "### Input" not in render("alpaca", "Add.")
     assert render("Q: {instruction} {input}\nA:", "Add.", "1") == "Q: Add. 1\nA:"
+
+
+FIND = """
+import sys
+
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
+
+data = InstructionDataModule(sys.argv[1], JsonLines(sys.argv[2]), max_length=40)
+
+
+def refuse(*arguments, **settings):
+    raise AssertionError("tokenized anew")
+
+
+type(data.tokenizer).__call__ = refuse
+data.setup("fit")
+print([data.splits[split][:][column] for split in data.splits for column in ("prompt_ids", "response_ids")])
+"""
+
+
+def tokens(data: InstructionDataModule) -> list[list[list[int]]]:
+    return [data.splits[split][:][column] for split in data.splits for column in ("prompt_ids", "response_ids")]
+
+
+def test_another_process_finds_the_tokens(
+    tokenizer_folder: str, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def tokenize(max_length: int) -> list[list[list[int]]]:
+        data = InstructionDataModule(tokenizer_folder, JsonLines(corpus), max_length=max_length)
+        # What a call leaves in the tokenizer is of no account.
+        data.tokenizer(["one", "one two three"], padding=True, truncation=True, max_length=2)
+        data.setup("fit")
+        return tokens(data)
+
+    first = tokenize(40)
+    assert tokenize(12) != first, "other tokens, other files"
+    files = sorted(tmp_path.rglob("*.arrow"))
+    assert len(files) == 6
+    command = [sys.executable, "-c", FIND, tokenizer_folder, corpus]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().splitlines()[-1] == str(first)
+    assert sorted(tmp_path.rglob("*.arrow")) == files
+
+
+def test_processes_that_tokenize_give_the_tokens_of_one(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [{"instruction": f"Say {number}", "output": f"{number} yes"} for number in range(2400)]
+    source = JsonLines(write(tmp_path / "many.jsonl", *pairs))
+    results = []
+    for folder, workers in (("one", 0), ("two", 2), ("two", 0)):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / folder))
+        data = InstructionDataModule(tokenizer, source, num_workers=workers)
+        data.setup("fit")
+        results.append(tokens(data))
+    assert results[0] == results[1] == results[2]
+    # The third has found what the second's two processes have written.
+    assert len([path for path in (tmp_path / "two").rglob("*.arrow") if "_of_00002" in path.name]) == 2
+    assert len(list((tmp_path / "two").rglob("*.arrow"))) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_for_a_gpu_lie_in_pinned_memory(tokenizer, corpus: str) -> None:
+    data = InstructionDataModule(tokenizer, JsonLines(corpus))
+    data.trainer = Trainer(accelerator="gpu", devices=1, logger=False)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["input_ids"].is_pinned()
