@@ -68,7 +68,7 @@ def load_causal_lm(
         return source
     if precision in ("4bit", "8bit") and (not isinstance(source, str) or source.endswith(".gguf")):
         raise UsageError(
-            f"only a {role} in a folder or on the hub is quantised as it is read: give {precision} no other."
+            f"only a {role} in a folder or on the hub can be read in {precision}: give one, or another precision."
         )
     dtype = _dtype(precision)
     if isinstance(source, Mapping) and "layers_of" in source:
@@ -83,10 +83,10 @@ def load_causal_lm(
             config = AutoConfig.for_model(**source)
         except ValueError as error:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
-        with _explained(role, str(source["model_type"]), attn_implementation):
+        with _attending(role, attn_implementation):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     location = _location(source)
-    with _explained(role, source, attn_implementation):
+    with _explained(role, source), _attending(role, attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(
             **location,
             **_quantization(location, precision),
@@ -110,7 +110,7 @@ def outline_causal_lm(
         UsageError: there is none.
     """
     dtype = _dtype(precision)
-    with _explained(role, source, attn_implementation):
+    with _explained(role, source), _attending(role, attn_implementation):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
@@ -179,16 +179,27 @@ def _quantization(location: Mapping[str, str], precision: Precision) -> dict[str
 
 
 @contextmanager
-def _explained(role: str, source: str, attn_implementation: str | None = None) -> Iterator[None]:
+def _attending(role: str, attn_implementation: str | None) -> Iterator[None]:
+    """Say in one sentence that a model, or this machine, has no such attention."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None or not (isinstance(error, ImportError) or "attn_implementation" in str(error)):
+            raise
+        raise UsageError(
+            f"the {role} has no attn_implementation {attn_implementation!r} here: take sdpa or eager."
+        ) from error
+
+
+@contextmanager
+def _explained(role: str, source: str) -> Iterator[None]:
     """Say in one sentence why something cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if attn_implementation is not None and ("attn_implementation" in str(error) or isinstance(error, ImportError)):
-            reason = f"it has no attn_implementation {attn_implementation!r} here; take sdpa or eager"
-        elif isinstance(error, ImportError):
-            raise
-        elif "trust_remote_code" in str(error):
+    except UsageError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; read that code, and give trust_remote_code: true to run it"
         elif isinstance(error, SafetensorError):
             reason = f"its weights are damaged ({error}); fetch or write them again"
