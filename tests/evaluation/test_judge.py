@@ -493,7 +493,7 @@ def test_what_is_wrong_with_one_request_is_named_and_the_others_are_judged(
     serve: Any, files: tuple[str, str], tmp_path: Path
 ) -> None:
     def short(handler: Handler, request: dict[str, Any], number: int) -> Any:
-        if "Say 5" in request["messages"][1]["content"]:
+        if "Say 0" in request["messages"][1]["content"]:
             return rate(request)
         return handler.send(400, {"error": {"message": "the context is too long"}})
 
@@ -501,7 +501,7 @@ def test_what_is_wrong_with_one_request_is_named_and_the_others_are_judged(
     with pytest.raises(UsageError, match=r"5 of 6 .*\(10 times the endpoint answers 400 \(the context is too long\)\)"):
         judge(*files, endpoint(server), str(tmp_path / "judge"))
     assert len(server.requests) == 12
-    assert json.loads((tmp_path / "judge/result.json").read_text())["loss"]["count"] == 1
+    assert json.loads((tmp_path / "judge/result.json").read_text())["win"]["count"] == 1
 
 
 def test_waits_double_and_retry_after_is_obeyed(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
