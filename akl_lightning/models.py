@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,9 +26,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.masking_utils import create_masks_for_generate
 
 from akl_lightning.chunked import Logits, Projection
 from akl_lightning.errors import UsageError
+from akl_lightning.packing import pack
 
 Batch = Mapping[str, Any]
 Result = TypeVar("Result")
@@ -301,13 +304,16 @@ class SplitModel(nn.Module):
 
     Args:
         model: the language model; one that PEFT has wrapped, too.
+        packing: run the body on samples laid into fewer rows, :func:`~akl_lightning.packing.pack`; for a
+            ``transformers`` model that splits and tells packed samples apart, which is looked at, too.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, packing: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.packing = packing
         self._splits: bool | None = None
         """Whether head and hidden states give the model's logits; None before it was looked at."""
         self._compiled = False
@@ -424,14 +430,20 @@ class SplitModel(nn.Module):
             return getattr(output, "logits", output)
         return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
-    def projection(self, batch: Batch, positions: Tensor) -> Projection:
+    def projection(self, batch: Batch, positions: Tensor, packing: bool = False) -> Projection:
         """The logits at ``positions``, boolean ``[batch, length]``, as hidden states and head."""
         assert self.causal_lm is not None and self.head is not None
         config = self.causal_lm.config
-        output = self.causal_lm.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
-        hidden = output[0][positions]
+        if packing:
+            packed = pack(batch)
+            # A mask for each kind of layer that the model has; some models do not make them from positions.
+            like = torch.empty(*packed.input_ids.shape, 0, dtype=self.causal_lm.dtype, device=packed.input_ids.device)
+            mask = create_masks_for_generate(config, like, None, None, position_ids=packed.position_ids)
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
+        else:
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        output = self.causal_lm.base_model(**inputs, use_cache=False)[0]
+        hidden = output.flatten(0, 1)[packed.places[positions]] if packing else output[positions]
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             hidden = hidden * config.logit_scale
         if getattr(config, "logits_scaling", None) is not None:  # Granite
@@ -456,11 +468,15 @@ class SplitModel(nn.Module):
         logits: Logits
         if positions is not None and self._splits is None:
             self._splits = self.head is not None and self._gives_own_logits(batch)
+            if self.packing:
+                self._check_packing(batch)
         try:
             if positions is None:
                 logits = self.logits(batch)
             else:
-                logits = self.projection(batch, positions) if self._splits else self.logits(batch)[positions]
+                logits = (
+                    self.projection(batch, positions, self.packing) if self._splits else self.logits(batch)[positions]
+                )
         except TorchDynamoException as error:
             raise UsageError(
                 f"torch.compile cannot compile {type(self.model).__name__} here ({str(error).splitlines()[0]}): set "
@@ -471,8 +487,7 @@ class SplitModel(nn.Module):
     @torch.no_grad()
     def _gives_own_logits(self, batch: Batch) -> bool:
         """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
-        longest = batch["attention_mask"].sum(-1).argmax()
-        tokens = batch["input_ids"][longest][batch["attention_mask"][longest].bool()][None, :_LOOKED_AT]
+        tokens = _longest(batch)[None, :_LOOKED_AT]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with _evaluating(self.model), self._eagerly():
             own = self.logits(row)[0]
@@ -489,6 +504,36 @@ class SplitModel(nn.Module):
             return False
         return True
 
+    @torch.no_grad()
+    def _check_packing(self, batch: Batch) -> None:
+        """Compare a sample behind another one in a row with the same sample alone."""
+        tokens = _longest(batch)
+        first, second = tokens.split((len(tokens) + 1) // 2) if len(tokens) > 1 else (tokens, tokens)
+        rows = {"input_ids": pad_sequence([tokens, first, second], batch_first=True)}
+        rows["attention_mask"] = pad_sequence([torch.ones_like(row) for row in (tokens, first, second)], True)
+        positions = torch.zeros_like(rows["attention_mask"], dtype=torch.bool)
+        positions[2, : len(second)] = True
+        alone = {name: row[2:, : len(second)] for name, row in rows.items()}
+        # Recurrent layers know no mask.
+        behaves = bool(self._splits) and not getattr(self.causal_lm, "_is_stateful", False)
+        if behaves:
+            exact = torch.autocast(tokens.device.type, enabled=False)
+            with _evaluating(self.model), self._eagerly(), exact:
+                packed = self.projection(rows, positions, packing=True).hidden
+                own = self.projection(alone, positions[2:, : len(second)]).hidden
+            behaves = not _differ(own, packed, coarse=5e-2)
+        if not behaves:
+            raise UsageError(
+                f"{type(self.causal_lm or self.model).__name__} does not tell samples in one row apart: set "
+                "model.packing to false."
+            )
+
+
+def _longest(batch: Batch) -> Tensor:
+    """Tokens of the longest sample, ``[tokens]``."""
+    longest = batch["attention_mask"].sum(-1).argmax()
+    return batch["input_ids"][longest][batch["attention_mask"][longest].bool()]
+
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
@@ -502,9 +547,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
+def _differ(one: Tensor, other: Tensor, coarse: float = 2e-2) -> bool:
     """Whether logits differ by more than rounding; NaN is for the loss to report."""
-    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 2e-2
+    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else coarse
     return bool((one.double() - other.double()).norm() > tolerance * one.double().norm())
 
 

@@ -102,6 +102,8 @@ class DistillationModule(LightningModule):
         teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
         attn_implementation: of both models, in the words of ``transformers``; None for its choice.
         compile: run the student's body through ``torch.compile``.
+        packing: run both bodies on the samples of a micro-batch laid into fewer rows, which saves the padding; the
+            samples see nothing of each other.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -125,13 +127,14 @@ class DistillationModule(LightningModule):
         teacher_precision: Precision = "float32",
         attn_implementation: str | None = None,
         compile: bool = False,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
         plain = {"student": student, "teacher": teacher}
         plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
-        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation")
+        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing")
         self.save_hyperparameters(*plain, *names, logger=False)
         if lora is not None:
             lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
@@ -144,7 +147,7 @@ class DistillationModule(LightningModule):
         if self._tokenizers["teacher"] and self._tokenizers["student"]:
             check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
-        self.student = SplitModel(model if lora is None else add_lora(model, lora))
+        self.student = SplitModel(model if lora is None else add_lora(model, lora), packing)
         if compile:
             self.student.compile_body()
         self.teacher: Teacher | None = None
@@ -152,7 +155,11 @@ class DistillationModule(LightningModule):
             self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
         elif teacher is not None:
             self.teacher = LiveTeacher(
-                teacher, trust_remote_code, precision=teacher_precision, attn_implementation=attn_implementation
+                teacher,
+                trust_remote_code,
+                precision=teacher_precision,
+                attn_implementation=attn_implementation,
+                packing=packing,
             )
         self.criterion = criterion
         self.optimizer = optimizer

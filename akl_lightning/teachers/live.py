@@ -31,6 +31,7 @@ class LiveTeacher(Teacher):
         role: what an error calls it.
         precision: of the weights; those of a module stay as they are.
         attn_implementation: as for :func:`akl_lightning.models.load_causal_lm`.
+        packing: as for :class:`akl_lightning.models.SplitModel`.
     """
 
     def __init__(
@@ -40,22 +41,24 @@ class LiveTeacher(Teacher):
         role: str = "teacher",
         precision: Precision = "float32",
         attn_implementation: str | None = None,
+        packing: bool = False,
     ) -> None:
+        self._packing = packing
         self._unread: str | None = None
         self._how = (trust_remote_code, role, precision, attn_implementation)
         self._device: torch.device | None = None
         if isinstance(source, str) and not source.endswith(".gguf"):
             with suppress(UsageError):  # an adapter, which has no config of its own, or nothing at all
-                self._model = _frozen(outline_causal_lm(source, *self._how))
+                self._model = self._frozen(outline_causal_lm(source, *self._how))
                 self._unread = source
         if self._unread is None:
-            self._model = _frozen(load_causal_lm(source, *self._how))
+            self._model = self._frozen(load_causal_lm(source, *self._how))
 
     @property
     def model(self) -> SplitModel:
         """The language model."""
         if self._unread is not None:
-            self._model = _frozen(load_causal_lm(self._unread, *self._how))
+            self._model = self._frozen(load_causal_lm(self._unread, *self._how))
             self._unread = None
             if self._device is not None:
                 self._model.to(self._device)
@@ -66,7 +69,7 @@ class LiveTeacher(Teacher):
             self.model  # noqa: B018 (reading it is what loads it)
             return
         if self._unread is not None:
-            sharded = load_sharded(self._unread, mesh, _frozen, *self._how)
+            sharded = load_sharded(self._unread, mesh, self._frozen, *self._how)
             if sharded is not None:
                 self._model, self._unread = sharded, None
             else:
@@ -109,6 +112,5 @@ class LiveTeacher(Teacher):
                 self._model.to(device)
         return self
 
-
-def _frozen(model: nn.Module) -> SplitModel:
-    return SplitModel(model).eval().requires_grad_(False)
+    def _frozen(self, model: nn.Module) -> SplitModel:
+        return SplitModel(model, self._packing).eval().requires_grad_(False)
