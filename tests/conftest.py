@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = tempfile.TemporaryDirectory(prefix="akl-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small are faster on one core, and threads that wait for each other are slow on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

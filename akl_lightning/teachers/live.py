@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -49,16 +50,16 @@ class LiveTeacher(Teacher):
         self._device: torch.device | None = None
         if isinstance(source, str) and not source.endswith(".gguf"):
             with suppress(UsageError):  # an adapter, which has no config of its own, or nothing at all
-                self._model = self._frozen(outline_causal_lm(source, *self._how))
+                self._model = _frozen(outline_causal_lm(source, *self._how), packing)
                 self._unread = source
         if self._unread is None:
-            self._model = self._frozen(load_causal_lm(source, *self._how))
+            self._model = _frozen(load_causal_lm(source, *self._how), packing)
 
     @property
     def model(self) -> SplitModel:
         """The language model."""
         if self._unread is not None:
-            self._model = self._frozen(load_causal_lm(self._unread, *self._how))
+            self._model = _frozen(load_causal_lm(self._unread, *self._how), self._packing)
             self._unread = None
             if self._device is not None:
                 self._model.to(self._device)
@@ -69,7 +70,7 @@ class LiveTeacher(Teacher):
             self.model  # noqa: B018 (reading it is what loads it)
             return
         if self._unread is not None:
-            sharded = load_sharded(self._unread, mesh, self._frozen, *self._how)
+            sharded = load_sharded(self._unread, mesh, partial(_frozen, packing=self._packing), *self._how)
             if sharded is not None:
                 self._model, self._unread = sharded, None
             else:
@@ -112,5 +113,6 @@ class LiveTeacher(Teacher):
                 self._model.to(device)
         return self
 
-    def _frozen(self, model: nn.Module) -> SplitModel:
-        return SplitModel(model, self._packing).eval().requires_grad_(False)
+
+def _frozen(model: nn.Module, packing: bool = False) -> SplitModel:
+    return SplitModel(model, packing).eval().requires_grad_(False)

@@ -1,15 +1,12 @@
 """A cache written by two processes and read by one, and the reverse; a teacher that is sharded over the writers."""
 
 import json
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from transformers import AutoTokenizer
 
@@ -19,6 +16,7 @@ from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache import CachedTeacher
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 from tests.conftest import PAIRS, QUIET, gpt2
+from tests.distributed.training import launch
 
 
 @pytest.fixture
@@ -57,23 +55,12 @@ def train(folder: Path, name: str, ranks: int) -> None:
         torch.save(weights, folder / f"{name}-{ranks}.pt")
 
 
-def rank(index: int, port: int, function: Any, *arguments: Any) -> None:
-    """One of two processes, as a launcher starts them."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0")
-    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), LOCAL_WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test")
-    torch.set_num_threads(1)
-    try:
-        function(*arguments)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def of_rank(rank: int, function: Any, *arguments: Any) -> None:
+    function(*arguments)
 
 
 def on_two(function: Any, *arguments: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank, (port, function, *arguments), nprocs=2)
+    launch(of_rank, function, *arguments)
 
 
 def manifest(folder: Path, name: str) -> dict[str, Any]:

@@ -5,9 +5,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +41,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return folder
 
 
-def start(folder: Path, output: Path, **changed: Any) -> subprocess.Popen[str]:
+def start(folder: Path, output: Path, **changed: Any) -> ForkServerProcess:
     output.mkdir(exist_ok=True)
     (output / "place").unlink(missing_ok=True)
     settings = {"folder": str(folder), "output": str(output), **SETTINGS, **changed}
-    (output / "settings.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "tests.distributed.training", str(output / "settings.json")]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return training.start(settings, output / "errors")
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
-    try:
-        _, errors = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return errors
+def finish(process: ForkServerProcess, output: Path, timeout: float = 120) -> str:
+    process.join(timeout)
+    ended = process.exitcode is not None
+    process.kill()
+    assert ended, f"it has not ended within {timeout} seconds"
+    return (output / "errors").read_text()
 
 
 def place(output: Path) -> str:
@@ -131,8 +128,8 @@ def test_checkpoints_of_a_run_go_on_to_the_same_end(
 def undisturbed(folder: Path) -> Path:
     output = folder / "undisturbed"
     process = start(folder, output)
-    errors = finish(process)
-    assert process.returncode == 0, errors
+    errors = finish(process, output)
+    assert process.exitcode == 0, errors
     return output
 
 
@@ -143,10 +140,10 @@ def last(output: Path) -> str | None:
         return None
 
 
-def wait_until(output: Path, where: str, process: subprocess.Popen[str]) -> None:
+def wait_until(output: Path, where: str, process: ForkServerProcess) -> None:
     deadline = time.monotonic() + 120
     while place(output) != where:
-        assert process.poll() is None and time.monotonic() < deadline, f"never came to {where}: {finish(process)}"
+        assert process.is_alive() and time.monotonic() < deadline, f"never came to {where}: {finish(process, output)}"
         time.sleep(0.002)
 
 
@@ -161,13 +158,13 @@ def test_killed_in_a_validation_asked_to_end_killed_in_an_open_checkpoint_and_in
         process = start(folder, tmp_path, pace=0.1, ckpt_path=last(tmp_path))
         wait_until(tmp_path, "step" if where == "asked" else where, process)
         if where == "asked":
-            process.send_signal(signal.SIGTERM)
-            errors = finish(process)
-            assert process.returncode == 128 + signal.SIGTERM, errors
+            process.terminate()
+            errors = finish(process, tmp_path)
+            assert process.exitcode == 128 + signal.SIGTERM, errors
             assert "stopped as asked after optimizer step" in errors and "Traceback" not in errors
         else:
-            process.send_signal(signal.SIGKILL)
-            finish(process)
+            process.kill()
+            finish(process, tmp_path)
             if place(tmp_path) != where:
                 continue
             if where == "checkpoint":
@@ -175,8 +172,8 @@ def test_killed_in_a_validation_asked_to_end_killed_in_an_open_checkpoint_and_in
         del waiting[0]
     assert not waiting
     process = start(folder, tmp_path, ckpt_path=last(tmp_path))
-    errors = finish(process)
-    assert process.returncode == 0, errors
+    errors = finish(process, tmp_path)
+    assert process.exitcode == 0, errors
     same(tmp_path, undisturbed)
 
 
@@ -189,17 +186,17 @@ def test_killed_ten_times_at_random(folder: Path, undisturbed: Path, tmp_path: P
     while kills < 10 or runs == 0:
         output = tmp_path / f"run {runs}"
         process = start(folder, output, pace=0.02, ckpt_path=last(output))
-        while process.poll() is None and not place(output):
+        while process.is_alive() and not place(output):
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 2.5) if kills < 10 else 0)
-        if kills < 10 and process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            finish(process)
+        if kills < 10 and process.is_alive():
+            process.kill()
+            finish(process, output)
             kills += 1
             places.append(place(output))
             continue
-        errors = finish(process)
-        assert process.returncode == 0, errors
+        errors = finish(process, output)
+        assert process.exitcode == 0, errors
         same(output, undisturbed)
         runs += 1
     print(f"killed in {places}, {runs} runs completed")

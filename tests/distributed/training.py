@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,25 @@ def run(
         (out / "head_tail_error.json").write_text(json.dumps(plot.history))
 
 
+def start(settings: dict[str, Any], errors: Path) -> ForkServerProcess:
+    """:func:`run` in a process of its own, which says on ``errors`` what the command would say."""
+    process = forkserver().Process(target=_run_as_command, args=(settings, errors))
+    process.start()
+    return process
+
+
+def _run_as_command(settings: dict[str, Any], errors: Path) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    run_command(lambda: run(**settings))
+
+
+def forkserver() -> Any:
+    """Processes forked from one that has done the imports, and nothing else, once."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -143,7 +163,10 @@ def free_port() -> int:
 
 def launch(work: Callable[..., None], *arguments: Any, ranks: int = 2, timeout: float = 150) -> None:
     """Run ``work(rank, *arguments)`` in processes of their own, in which a Trainer finds itself one of several."""
-    context = torch.multiprocessing.spawn(_rank, (ranks, free_port(), work, arguments), nprocs=ranks, join=False)
+    forkserver()
+    context = torch.multiprocessing.start_processes(
+        _rank, (ranks, free_port(), work, arguments), nprocs=ranks, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + timeout
     try:
         while not context.join(timeout=max(0.1, deadline - time.monotonic())):
@@ -159,10 +182,8 @@ def _rank(rank: int, ranks: int, port: int, work: Callable[..., None], arguments
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), GROUP_RANK="0",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
     )  # fmt: skip
-    torch.set_num_threads(1)
     work(rank, *arguments)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     run_command(lambda: run(**json.loads(Path(sys.argv[1]).read_text())))
