@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.evaluation.judge import judge
 from akl_lightning.module import DistillationModule
+from akl_lightning.teachers.cache import CACHE_PREFIX
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 
 LOST_PROCESSES = {
@@ -50,25 +51,54 @@ class OneSentenceParser(LightningArgumentParser):
         raise SystemExit(2) from ex
 
 
-class DistillationCLI(LightningCLI):
-    """The Lightning CLI with the distillation module as ``--model`` and the instruction data as ``--data``.
+class InstructionCLI(LightningCLI):
+    """The Lightning CLI with the instruction data as ``--data``, whose tokenizer is a model's unless it is given.
+
+    Args:
+        module: what ``--model`` is.
+        kwargs: of :class:`lightning.pytorch.cli.LightningCLI`.
+    """
+
+    def __init__(self, module: type[LightningModule], **kwargs: Any) -> None:
+        super().__init__(
+            module,
+            InstructionDataModule,
+            # A module's own optimizer and lr_scheduler are arguments of it.
+            auto_configure_optimizers=False,
+            parser_class=OneSentenceParser,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let ``--data.tokenizer`` be left out."""
+        parser.set_defaults({"data.tokenizer": ""})
+
+    def before_instantiate_classes(self) -> None:
+        """Take the tokenizer of the first model that has a name."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if config.data.tokenizer:
+            return
+        for model in (config.model.get(role) for role in ("teacher", "student", "model")):
+            name = model.get("layers_of") if isinstance(model, Mapping) else model
+            if isinstance(name, str) and not name.startswith(CACHE_PREFIX):
+                config.data.tokenizer = name
+                return
+        raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
+
+
+class DistillationCLI(InstructionCLI):
+    """The Lightning CLI with the distillation module as ``--model``.
 
     Args:
         kwargs: of :class:`lightning.pytorch.cli.LightningCLI`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            DistillationModule,
-            InstructionDataModule,
-            # The module's own optimizer and lr_scheduler are arguments of it.
-            auto_configure_optimizers=False,
-            parser_class=OneSentenceParser,
-            **kwargs,
-        )
+        super().__init__(DistillationModule, **kwargs)
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none."""
+        super().before_instantiate_classes()
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
@@ -103,7 +133,7 @@ def run_command(main: Callable[[], object]) -> None:
             raise SystemExit(2) from error
 
 
-class WriterCLI(LightningCLI):
+class WriterCLI(InstructionCLI):
     """The Lightning CLI with a module as ``--model`` that writes something by prediction; it has no subcommands.
 
     Args:
@@ -116,11 +146,8 @@ class WriterCLI(LightningCLI):
     def __init__(self, module: type[LightningModule], command: str, description: str, args: list[str]) -> None:
         super().__init__(
             module,
-            InstructionDataModule,
             save_config_callback=None,
             trainer_defaults={"logger": False},
-            auto_configure_optimizers=False,
-            parser_class=OneSentenceParser,
             parser_kwargs={"prog": f"akl {command}", "description": description},
             args=args,
             run=False,

@@ -71,7 +71,7 @@ class RunCLI(DistillationCLI):
             default=f"runs/{self.defaults.stem}",
             help="Folder of the run; where there is one already, -v1 is added.",
         )
-        parser.set_defaults({"data.tokenizer": ""})
+        super().add_arguments_to_parser(parser)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Read the defaults first, then the settings of the run that goes on; choose the run's folder."""
@@ -89,7 +89,7 @@ class RunCLI(DistillationCLI):
         config, run = self.config, self.run_folder
         if str(config.model.teacher).startswith(CACHE_PREFIX):
             raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
-        config.data.tokenizer = config.data.tokenizer or config.model.teacher
+        super().before_instantiate_classes()
         config.trainer.default_root_dir = str(run)
         callbacks: list[Callback] = [HeadTailPlot(str(run)), StudentExport(str(run / "student"))]
         own = [callback.class_path for callback in config.trainer.callbacks or []]

@@ -54,14 +54,13 @@ class Recipe(RunCLI):
         parser.add_function_arguments(prepare_teacher, "teacher", skip={"student", "data"})
 
     def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
         config = self.config
         # Built once before the teacher's training, so that a mistake in its settings costs no time.
         criterion = config.model.criterion
         DistillationCriterion(**criterion.as_dict() | {"divergence": instantiate_class((), criterion.divergence)})
         if config.model.teacher is None:
             config.model.teacher = str(prepare_teacher(config.model.student, config.data, **config.teacher.as_dict()))
-            config.data.tokenizer = config.data.tokenizer or config.model.teacher
+        super().before_instantiate_classes()
 
 
 # --------------------------------------------------------------------------------------------------------------------

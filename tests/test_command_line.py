@@ -1,0 +1,116 @@
+"""The ``akl`` command: short names, settings stated once, a printed configuration that is the run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from akl_lightning import callbacks
+from akl_lightning.cli import main
+from tests.conftest import gpt2
+
+NAMES = [name for name in callbacks.__all__ if name[0].isupper()]
+
+
+@pytest.fixture
+def folder(tokenizer: Any, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command is run: two models, of which the larger has the tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("small", 16), ("large", 24)):
+        gpt2(width).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / "large")
+    return tmp_path
+
+
+def akl(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Its exit code."""
+    monkeypatch.setattr(sys, "argv", ["akl", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+RUN = [
+    "--model.student", "small", "--model.teacher", "large", "--data.source", "JsonLines", "--data.source.path",
+    "pairs.jsonl", "--data.max_length", "40", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu",
+    "--seed_everything", "1",
+]  # fmt: skip
+
+
+def test_a_printed_configuration_is_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*RUN, "--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--trainer.precision", "bf16-mixed"]
+    settings += ["--model.criterion.divergence.mu", "0.7", "--model.lr_scheduler", "linear", "--model.packing", "true"]
+    settings += ["--trainer.callbacks+=AdaptiveWeightMonitor", "--trainer.callbacks.every_n_steps", "1"]
+    assert akl(monkeypatch, "fit", *settings, "--print_config") == 0
+    (folder / "c.yaml").write_text(capsys.readouterr().out)
+    assert akl(monkeypatch, "fit", *settings, "--trainer.default_root_dir", "flags") == 0
+    assert akl(monkeypatch, "fit", "--config", "c.yaml", "--trainer.default_root_dir", "file") == 0
+    ends = []
+    for run in ("flags", "file"):
+        (checkpoint,) = (folder / run).rglob("*.ckpt")
+        ends.append(torch.load(checkpoint, weights_only=True)["state_dict"])
+        (saved,) = (folder / run).rglob("config.yaml")
+        config = yaml.safe_load(saved.read_text())
+        assert config["model"]["criterion"]["divergence"]["init_args"]["mu"] == 0.7
+        assert config["data"]["tokenizer"] == "large", "stated once, for the teacher"
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ({"teacher": "large", "student": "{layers_of: large, keep: [0]}"}, 0),
+        ({"teacher": "cache:none", "student": "{layers_of: large, keep: [0]}"}, "there is no teacher's cache in none"),
+        ({"teacher": "cache:none", "student": "{model_type: gpt2}"}, "no model here has a name to take the tokenizer"),
+    ],
+)
+def test_the_tokenizer_is_that_of_the_first_model_with_a_name(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    models: dict[str, str],
+    expected: int | str,
+) -> None:
+    named = [part for role, model in models.items() for part in (f"--model.{role}", model)]
+    code = akl(monkeypatch, "fit", *RUN, *named, "--trainer.fast_dev_run", "true")
+    assert code == (0 if expected == 0 else 2)
+    if code:
+        assert str(expected) in capsys.readouterr().err
+
+
+def test_the_writers_take_the_tokenizer_of_their_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ["--data.source", "JsonLines", "--data.source.path", "pairs.jsonl", "--data.max_length", "40"]
+    data += ["--trainer.accelerator", "cpu"]
+    assert akl(monkeypatch, "cache", "--model.teacher", "large", "--model.path", "cache", *data) == 0
+    answers = ["--model.path", "answers.jsonl", "--model.decoding.max_new_tokens", "4"]
+    assert akl(monkeypatch, "generate", "--model.model", "large", *answers, *data) == 0
+    assert json.loads((folder / "answers.jsonl").read_text().splitlines()[0])["prompt"]
+
+
+def test_every_callback_has_a_short_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [f"--trainer.callbacks+={name}" for name in NAMES]
+    required = ["--model.student", "models/small", "--data.tokenizer", "models/small"]
+    monkeypatch.setattr(sys, "argv", ["akl", "fit", *required, *chosen, "--print_config"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    assert all(f"class_path: akl_lightning.callbacks.{name}\n" in output for name in NAMES)
+
+
+def test_they_run_from_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [f"--trainer.callbacks+={name}" for name in NAMES]
+    settings = ["--model.max_new_tokens", "4", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"]
+    settings += ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
+    assert akl(monkeypatch, "fit", *RUN, *settings, *chosen) == 0
+    assert (folder / "head_tail_error.png").is_file() and (folder / "student/README.md").is_file()
+    (answers,) = (folder / "logs").rglob("answers.jsonl")
+    assert {path.name for path in answers.parent.iterdir()} >= {"distributions", "head_weight_map", "head_tail_error"}
