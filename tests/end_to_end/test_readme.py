@@ -43,3 +43,18 @@ def test_python_examples_run(tokenizer: PreTrainedTokenizerFast, corpus: str, tm
 def test_the_table_has_every_divergence(name: str) -> None:
     if name in {cls.__name__ for cls in Divergence.__subclasses__() if cls.__module__ == AdaptiveKL.__module__}:
         assert re.search(rf"^\| `{name}\(", README, re.M)
+
+
+def test_the_messages_are_those_of_the_code() -> None:
+    root = Path(__file__).parents[2] / "akl_lightning"
+    # As one text: without the quotes, line breaks and indentation in the middle of a sentence.
+    code = "".join(re.sub(r'"\n\s*f?"', "", path.read_text()) for path in root.rglob("*.py"))
+    code = re.sub(r"\{[^{}\n]*\}", "*", code)
+    section = README.split("## What a message means")[1].split("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", section, re.M)
+    assert len(messages) > 10
+    for message in messages:
+        if message.startswith("CUDA"):
+            continue
+        for part in re.split(r"\.\.\.|\b(?:teacher|student|train|512|256)\b", message):
+            assert part.strip("; ") in code, (message, part)
