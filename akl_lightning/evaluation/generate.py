@@ -16,7 +16,7 @@ from akl_lightning.evaluation.answers import AnswerFile, Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.rouge import rouge_l
-from akl_lightning.models import Batch, check_same_vocabulary, tokenizer_of
+from akl_lightning.models import Batch, Precision, check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import data_parallel_mesh
 from akl_lightning.teachers.fingerprint import digest, weights_digest
@@ -137,6 +137,7 @@ class AnswerWriter(LightningModule):
         path: the file of answers; a run that was broken off goes on with it.
         decoding: how the answers are decoded.
         trust_remote_code: run Python code that comes with the model.
+        precision: of the weights of a model that is no module; 8bit and 4bit through bitsandbytes.
 
     Raises:
         UsageError: a model that cannot be had; as for :class:`AnswerEvaluation`.
@@ -148,9 +149,10 @@ class AnswerWriter(LightningModule):
         path: str | Path,
         decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
         trust_remote_code: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
-        self.language_model = LiveTeacher(model, trust_remote_code, role="model")
+        self.language_model = LiveTeacher(model, trust_remote_code, role="model", precision=precision)
         self._tokenizer = tokenizer_of(model, trust_remote_code)
         self.path = Path(path)
         self.decoding = decoding

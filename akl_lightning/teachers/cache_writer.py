@@ -24,7 +24,7 @@ from akl_lightning.checkpoint import atomic_file
 from akl_lightning.chunked import Logits, Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch
+from akl_lightning.models import Batch, Precision
 from akl_lightning.parallel import data_parallel_mesh
 from akl_lightning.teachers.cache import (
     FORMAT,
@@ -63,6 +63,7 @@ class CacheWriter(LightningModule):
         top_k: store this many log-probabilities of the likeliest tokens instead of hidden states.
         shard_tokens: response tokens of a shard, which is kept in memory until it is full.
         trust_remote_code: run Python code that comes with the model.
+        teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
 
     Raises:
         UsageError: a teacher, codec or folder that cannot be used.
@@ -76,6 +77,7 @@ class CacheWriter(LightningModule):
         top_k: int | None = None,
         shard_tokens: int = 2**16,
         trust_remote_code: bool = False,
+        teacher_precision: Precision = "float32",
     ) -> None:
         super().__init__()
         for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
@@ -85,7 +87,7 @@ class CacheWriter(LightningModule):
         self.path = Path(path).expanduser()
         self.top_k = top_k
         self.shard_tokens = shard_tokens
-        self.teacher = LiveTeacher(teacher, trust_remote_code)
+        self.teacher = LiveTeacher(teacher, trust_remote_code, precision=teacher_precision)
         self.name = (
             teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "") or type(teacher).__name__
         )

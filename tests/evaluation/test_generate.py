@@ -200,3 +200,11 @@ def test_bad_input(data: InstructionDataModule, tmp_path: Path) -> None:
         read_answers(tmp_path / "b.jsonl")
     with pytest.raises(UsageError, match="there is no file of answers"):
         read_answers(tmp_path / "c.jsonl")
+
+
+def test_a_model_in_another_precision(data: InstructionDataModule, tmp_path: Path) -> None:
+    gpt2().save_pretrained(tmp_path / "model")
+    writer = AnswerWriter(str(tmp_path / "model"), tmp_path / "answers.jsonl", Decoding(4), precision="bfloat16")
+    Trainer(**QUIET).predict(writer, data, return_predictions=False)
+    assert next(iter(writer.language_model.model.parameters())).dtype == torch.bfloat16
+    assert len(read_answers(tmp_path / "answers.jsonl")) == 4

@@ -19,7 +19,7 @@ from torch import nn
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.errors import UsageError
-from akl_lightning.teachers.cache import CachedTeacher
+from akl_lightning.teachers.cache import CachedTeacher, open_shard
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 from tests.conftest import QUIET, gpt2, write
 
@@ -240,3 +240,14 @@ def test_bad_settings(folder: Path, data: InstructionDataModule) -> None:
         write(gpt2(24, positions=32), folder / "cache", data)
     with pytest.raises(UsageError, match="run it with write_cache"):
         Trainer(**QUIET).predict(CacheWriter(gpt2(24), str(folder / "cache")), data)
+
+
+def test_a_teacher_in_another_precision(folder: Path, data: InstructionDataModule) -> None:
+    hidden = []
+    for precision in ("float32", "bfloat16"):
+        writer = CacheWriter(str(folder / "teacher"), str(folder / precision), "bfloat16", teacher_precision=precision)
+        write_cache(writer, data, Trainer(**QUIET))
+        assert next(iter(writer.teacher.model.parameters())).dtype == getattr(torch, precision)
+        (shard,) = (folder / precision).glob("shard-*")
+        hidden.append(open_shard(shard)["values"].float())
+    assert 0 < (hidden[0] - hidden[1]).norm() < 0.02 * hidden[0].norm()
