@@ -73,7 +73,7 @@ Scores = tuple[Decimal, Decimal]
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """The answers of two models to one prompt."""
 
     prompt: Prompt
@@ -111,7 +111,7 @@ def verdict(replies: Sequence[Reply | None]) -> tuple[str, list[Scores | None]]:
     """What the replies in both orders say of a pair.
 
     Args:
-        replies: to :meth:`Pair.messages`.
+        replies: to :meth:`AnswerPair.messages`.
 
     Returns:
         ``win``, ``tie`` or ``loss`` of ``a``, ``unanswered`` where a reply is missing, or ``malformed`` where one is
@@ -158,7 +158,7 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
 # Answers on disk
 
 
-def read_answers(path: Path) -> dict[Prompt, str]:
+def answers_by_prompt(path: Path) -> dict[Prompt, str]:
     """The answers in a JSON Lines file with ``instruction``, ``input``, ``seed`` and ``answer`` on each line.
 
     Args:
@@ -202,7 +202,7 @@ def _fields(line: bytes, where: str) -> tuple[str, str, int | None, str]:
     return instruction, input, seed, answer
 
 
-def pair_answers(a: Mapping[Prompt, str], b: Mapping[Prompt, str], names: tuple[str, str]) -> list[Pair]:
+def pair_answers(a: Mapping[Prompt, str], b: Mapping[Prompt, str], names: tuple[str, str]) -> list[AnswerPair]:
     """The pairs of answers to the same instruction and input with the same seed, in the order of ``a``.
 
     What has no counterpart is left out with a warning.
@@ -210,7 +210,7 @@ def pair_answers(a: Mapping[Prompt, str], b: Mapping[Prompt, str], names: tuple[
     Raises:
         UsageError: there is no pair.
     """
-    pairs = [Pair(prompt, a[prompt], b[prompt]) for prompt in a if prompt in b]
+    pairs = [AnswerPair(prompt, a[prompt], b[prompt]) for prompt in a if prompt in b]
     for mine, theirs, place in ((a, b, 0), (b, a, 1)):
         alone = [prompt for prompt in mine if prompt not in theirs]
         if alone and not pairs:
@@ -258,7 +258,7 @@ def judge(answers_a: str, answers_b: str, endpoint: ChatEndpoint, output: str = 
             is kept then, and so is the result so far.
     """
     files = [Path(answers_a), Path(answers_b)]
-    a, b = map(read_answers, files)
+    a, b = map(answers_by_prompt, files)
     pairs = pair_answers(a, b, (answers_a, answers_b))
     folder = Path(output)
     with _reserved(folder, {**endpoint.settings, "prompt": _digest([SYSTEM, PROMPT])}) as settings:
@@ -341,7 +341,7 @@ def _digest(content: Any) -> str:
 
 
 def _result(
-    pairs: Sequence[Pair], answered: Sequence[Sequence[Reply | None]], names: tuple[str, str]
+    pairs: Sequence[AnswerPair], answered: Sequence[Sequence[Reply | None]], names: tuple[str, str]
 ) -> dict[str, Any]:
     verdicts = [verdict(replies) for replies in answered]
     counts = Counter(said for said, _ in verdicts)

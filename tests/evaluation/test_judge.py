@@ -32,7 +32,7 @@ from akl_lightning.evaluation.judge import (
     judge,
     pair_answers,
     parse_scores,
-    read_answers,
+    answers_by_prompt,
     verdict,
     wilson_interval,
 )
@@ -837,7 +837,7 @@ def test_equal_prompts_are_told_apart_by_their_order(tmp_path: Path) -> None:
     for name in "ab":
         lines = [{"instruction": "Say", "answer": f"{name}{number}"} for number in range(2)]
         (tmp_path / name).write_text("\n\n".join(map(json.dumps, lines)))
-    pairs = pair_answers(read_answers(tmp_path / "a"), read_answers(tmp_path / "b"), ("a", "b"))
+    pairs = pair_answers(answers_by_prompt(tmp_path / "a"), answers_by_prompt(tmp_path / "b"), ("a", "b"))
     assert [(pair.a, pair.b) for pair in pairs] == [("a0", "b0"), ("a1", "b1")]
 
 
@@ -858,9 +858,9 @@ def test_equal_prompts_are_told_apart_by_their_order(tmp_path: Path) -> None:
 def test_a_file_that_holds_no_answers(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UsageError, match=said):
-        read_answers(tmp_path / "a.jsonl")
+        answers_by_prompt(tmp_path / "a.jsonl")
     with pytest.raises(UsageError, match="there is no file"):
-        read_answers(tmp_path)
+        answers_by_prompt(tmp_path)
 
 
 @pytest.mark.parametrize(
