@@ -29,10 +29,10 @@ from akl_lightning.evaluation import chat
 from akl_lightning.evaluation.chat import ChatEndpoint, Reply, ReplyFile
 from akl_lightning.evaluation.judge import (
     PROMPT,
+    answers_by_prompt,
     judge,
     pair_answers,
     parse_scores,
-    answers_by_prompt,
     verdict,
     wilson_interval,
 )
