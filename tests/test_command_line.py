@@ -95,6 +95,13 @@ def test_the_writers_take_the_tokenizer_of_their_model(folder: Path, monkeypatch
     assert json.loads((folder / "answers.jsonl").read_text().splitlines()[0])["prompt"]
 
 
+def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert akl(monkeypatch, "fit", "--help") == 0
+    output = capsys.readouterr().out
+    assert "what is trained: a hub name, a local folder" in output and "divergences.AdaptiveKL" in output
+    assert "torch.nn.Bilinear" not in output and len(output.splitlines()) < 700
+
+
 def test_every_callback_has_a_short_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [f"--trainer.callbacks+={name}" for name in NAMES]
     required = ["--model.student", "models/small", "--data.tokenizer", "models/small"]

@@ -40,7 +40,8 @@ class InstructionDataModule(LightningDataModule):
     gives prompts, left-padded.
 
     Args:
-        tokenizer: a tokenizer, or the hub name or local folder of one.
+        tokenizer: a tokenizer, or the hub name or local folder of one; on the command line that of the first model that
+            has a name, unless it is given.
         source: where the pairs come from.
         template: prompt template: ``plain``, ``alpaca``, ``chat`` (the tokenizer's own), or a text with
             ``{instruction}`` and ``{input}`` in it.
