@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from tokenizers import ByteLevelBPETokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from akl_lightning.data.module import InstructionDataModule
@@ -67,6 +67,17 @@ def gpt2(width: int = 16, vocab_size: int = 300, positions: int = 64, layers: in
             eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
+
+
+class Bigram(nn.Module):
+    """No transformers model: logits of the next token from the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 300)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.table(batch["input_ids"])
 
 
 QUIET = {

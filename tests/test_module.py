@@ -15,7 +15,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import ForwardKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
-from tests.conftest import QUIET, gpt2
+from tests.conftest import QUIET, Bigram, gpt2
 
 SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.5)}
 NAMES = (
@@ -270,17 +270,6 @@ def test_it_learns(data: InstructionDataModule) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Ways to give a student and a teacher
-
-
-class Bigram(nn.Module):
-    """No transformers model: logits of the next token from the last one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(300, 300)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.table(batch["input_ids"])
 
 
 def test_models_may_be_given_in_five_ways(tmp_path: Path, data: InstructionDataModule) -> None:

@@ -16,7 +16,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models import SplitModel
 from akl_lightning.module import DistillationModule
 from akl_lightning.packing import pack
-from tests.conftest import QUIET, gpt2, write
+from tests.conftest import QUIET, Bigram, gpt2, write
 from tests.test_models import FAMILIES, build, loss_and_gradients
 
 
@@ -90,14 +90,6 @@ def test_a_model_that_cannot_is_named(data: InstructionDataModule) -> None:
         UsageError, match=r"MambaForCausalLM does not tell samples in one row apart: set model\.packing"
     ):
         Trainer(**QUIET, max_epochs=1).fit(module, data)
-
-    class Bigram(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(300, 300)
-
-        def forward(self, batch: dict[str, Tensor]) -> Tensor:
-            return self.table(batch["input_ids"])
 
     with pytest.raises(UsageError, match="Bigram does not tell samples in one row apart"):
         Trainer(**QUIET, max_epochs=1).fit(DistillationModule(Bigram(), gpt2(16), packing=True), data)

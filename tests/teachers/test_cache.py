@@ -32,7 +32,7 @@ from akl_lightning.divergences import ForwardKL, SkewKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache import CachedTeacher, manifest_checksum, sample_digests
-from tests.conftest import PAIRS, QUIET, gpt2, write
+from tests.conftest import PAIRS, QUIET, Bigram, gpt2, write
 
 
 def module(teacher: Any, **settings: Any) -> DistillationModule:
@@ -241,17 +241,6 @@ def test_top_k_serves_forward_kl_and_warns_of_a_reverse_part(data: InstructionDa
         train(module_, data, epochs=1)
         Trainer(**QUIET).test(module_, data, verbose=False)
     assert sum("reverse part" in str(warning.message) for warning in caught) == 1
-
-
-class Bigram(nn.Module):
-    """No transformers model: logits of the next token from the last one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(300, 300)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.table(batch["input_ids"])
 
 
 class Doubled(GPT2LMHeadModel):
