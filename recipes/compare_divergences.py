@@ -345,13 +345,20 @@ def markdown(heading: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+    """Mean and standard deviation of those seeds that have the figure: an empty answer has no bigrams."""
+    known = [value for value in values if not math.isnan(value)]
+    missing = f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else ""
+    if len(known) < 2:
+        return f"{known[0]:.3f}{missing}" if known else "none"
+    return f"{statistics.fmean(known):.3f} ± {statistics.stdev(known):.3f}{missing}"
 
 
 def difference(values: list[float], reference: list[float]) -> str:
+    """Mean and interval over those seeds where both have the figure."""
     differences = [value - other for value, other in zip(values, reference, strict=True)]
+    differences = [value for value in differences if not math.isnan(value)]
+    if len(differences) < 2:
+        return "none"
     mean = statistics.fmean(differences)
     half = student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
     text = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"

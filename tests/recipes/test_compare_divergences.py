@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from recipes.compare_divergences import BASELINES, difference, draw
+from recipes.compare_divergences import BASELINES, difference, draw, spread
 from tests.conftest import PAIRS, gpt2
 
 RECIPE = Path(__file__).parents[2] / "recipes/compare_divergences.py"
@@ -97,6 +97,14 @@ def test_differences_by_hand() -> None:
     # Differences 1, 2, 3: mean 2, standard deviation 1, and Student's t with two degrees of freedom is 4.303.
     assert difference([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]) == "+2.000 (-0.484 to +4.484)"
     assert difference([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]) == "**+1.000 (+0.752 to +1.248)**"
+
+
+def test_a_seed_whose_answers_have_no_figure_is_left_out_and_counted() -> None:
+    none = float("nan")
+    assert spread([1.0, none, 3.0]) == "2.000 ± 1.414 (2 of 3 seeds)"
+    assert spread([none, 1.0]) == "1.000 (1 of 2 seeds)" and spread([none]) == "none" and spread([1.0]) == "1.000"
+    assert difference([2.0, none, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]) == "+2.000 (-0.484 to +4.484)"
+    assert difference([none, 1.0], [1.0, 1.0]) == "none"
 
 
 def test_the_figure() -> None:
