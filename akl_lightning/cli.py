@@ -37,9 +37,9 @@ LOST_PROCESSES = {
 class OneSentenceParser(LightningArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any) -> str:
         """Leave out lists of classes that nobody reads: where a module may stand, all that torch has."""
-        return re.sub(r",\s+known\s+subclasses:[^()]{2000,}(?=\))", "", super().format_help())
+        return re.sub(r",\s+known\s+subclasses:[^()]{2000,}(?=\))", "", super().format_help(*args))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the mistake and the way out, and exit with code 2."""
