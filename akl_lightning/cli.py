@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.evaluation.judge import judge
+from akl_lightning.models import load_tokenizer
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache import CACHE_PREFIX
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
@@ -56,7 +57,9 @@ class OneSentenceParser(LightningArgumentParser):
 
 
 class InstructionCLI(LightningCLI):
-    """The Lightning CLI with the instruction data as ``--data``, whose tokenizer is a model's unless it is given.
+    """The Lightning CLI with the instruction data as ``--data``.
+
+    The tokenizer is a model's unless it is given, and a new model's vocabulary is the tokenizer's.
 
     Args:
         module: what ``--model`` is.
@@ -78,16 +81,24 @@ class InstructionCLI(LightningCLI):
         parser.set_defaults({"data.tokenizer": ""})
 
     def before_instantiate_classes(self) -> None:
-        """Take the tokenizer of the first model that has a name."""
+        """Take the tokenizer of the first model that has a name, and new models' vocabulary from it."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        if config.data.tokenizer:
-            return
-        for model in (config.model.get(role) for role in ("teacher", "student", "model")):
-            name = model.get("layers_of") if isinstance(model, Mapping) else model
-            if isinstance(name, str) and not name.startswith(CACHE_PREFIX):
-                config.data.tokenizer = name
-                return
-        raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
+        models = {role: config.model[role] for role in ("teacher", "student", "model") if role in config.model}
+        if not config.data.tokenizer:
+            config.data.tokenizer = _first_name(models.values())
+        for role, model in models.items():
+            if isinstance(model, Mapping) and "model_type" in model and isinstance(config.data.tokenizer, str):
+                tokenizer = load_tokenizer(config.data.tokenizer, config.data.trust_remote_code)
+                ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+                config.model[role] = {"vocab_size": len(tokenizer), **ids, **model}
+
+
+def _first_name(models: Iterable[Any]) -> str:
+    for model in models:
+        name = model.get("layers_of") if isinstance(model, Mapping) else model
+        if isinstance(name, str) and not name.startswith(CACHE_PREFIX):
+            return name
+    raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
 
 
 class DistillationCLI(InstructionCLI):

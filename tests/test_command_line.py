@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from akl_lightning import callbacks
 from akl_lightning.cli import main
@@ -84,6 +85,16 @@ def test_the_tokenizer_is_that_of_the_first_model_with_a_name(
     assert code == (0 if expected == 0 else 2)
     if code:
         assert str(expected) in capsys.readouterr().err
+
+
+def test_a_new_student_has_the_vocabulary_of_the_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = "{model_type: gpt2, n_embd: 16, n_head: 2, n_layer: 1, n_positions: 64, bos_token_id: 7}"
+    assert akl(monkeypatch, "fit", *RUN, "--model.student", new, "--trainer.default_root_dir", "run") == 0
+    (saved,) = (folder / "run").rglob("config.yaml")
+    student = yaml.safe_load(saved.read_text())["model"]["student"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "large")
+    assert student["vocab_size"] == len(tokenizer) and student["eos_token_id"] == tokenizer.eos_token_id
+    assert student["bos_token_id"] == 7, "what is given stays"
 
 
 def test_the_writers_take_the_tokenizer_of_their_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
