@@ -191,8 +191,8 @@ def newest_checkpoint(folders: Iterable[Path]) -> Path:
     found = [path for folder in folders for path in folder.glob("*.ckpt")]
     if not found:
         raise UsageError(
-            f"there is no checkpoint to go on from in {', '.join(map(str, folders)) or 'any run'}: start the run "
-            "without --ckpt_path."
+            f"there is no checkpoint to go on from in {', '.join(map(str, folders)) or 'any run'}: give the path "
+            "of one, or leave --ckpt_path out to begin anew."
         )
     # Any other may have been written in the middle of an optimizer step, or before the loggers were flushed.
     return max(found, key=lambda path: (path.stem.startswith("last"), path.stat().st_mtime_ns))

@@ -72,6 +72,7 @@ class InstructionCLI(LightningCLI):
             InstructionDataModule,
             # A module's own optimizer and lr_scheduler are arguments of it.
             auto_configure_optimizers=False,
+            seed_everything_default=0,
             parser_class=OneSentenceParser,
             **kwargs,
         )
@@ -117,7 +118,7 @@ class DistillationCLI(InstructionCLI):
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
-            config.ckpt_path = str(newest_checkpoint(root.rglob("checkpoints")))
+            config.ckpt_path = str(newest_checkpoint([*root.rglob("checkpoints")] or [root / "**/checkpoints"]))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning lets what a checkpoint remembers beat the flags that are given."""

@@ -55,7 +55,6 @@ class RunCLI(DistillationCLI):
         super().__init__(
             run=False,
             args=args,
-            seed_everything_default=0,
             parser_kwargs={"description": description},
             save_config_callback=RunConfig,
         )

@@ -55,7 +55,7 @@ class AnswerEvaluation(Callback):
             return
         if not isinstance(pl_module, DistillationModule):
             raise UsageError("AnswerEvaluation needs a DistillationModule: remove the callback.")
-        check_prompts(self.decoding, _data(trainer), pl_module.student.max_positions)
+        check_prompts(self.decoding, _data(trainer), "test", pl_module.student.max_positions)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for answers that are there already."""
@@ -109,13 +109,14 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
     return figures | diversity([[record["answer"] for record in group] for group in answers])
 
 
-def check_prompts(decoding: Decoding, data: InstructionDataModule, positions: int | None) -> None:
-    """Raise :class:`UsageError` where a prompt and its answer are longer than the model."""
-    longest = data.max_prompt_length + decoding.max_new_tokens
-    if positions and longest > positions:
+def check_prompts(decoding: Decoding, data: InstructionDataModule, split: str, positions: int | None) -> None:
+    """Raise :class:`UsageError` where a prompt of the split and its answer are longer than the model."""
+    longest = max(data.splits[split]["prompt_length"], default=0)
+    if positions and longest + decoding.max_new_tokens > positions:
         raise UsageError(
-            f"data.max_prompt_length + decoding.max_new_tokens = {longest} is beyond the {positions} positions of the "
-            "model: lower one of them."
+            f"the longest {split} prompt, {longest} tokens, and an answer of decoding.max_new_tokens = "
+            f"{decoding.max_new_tokens} are beyond the {positions} positions of the model: lower "
+            "data.max_prompt_length or decoding.max_new_tokens."
         )
 
 
@@ -163,7 +164,7 @@ class AnswerWriter(LightningModule):
         if self._tokenizer is not None:
             check_same_vocabulary(self._tokenizer, data.tokenizer, ("model", "data"))
         self.language_model.check_fits("model", data.tokenizer, None)
-        check_prompts(self.decoding, data, self.language_model.max_positions)
+        check_prompts(self.decoding, data, data.predict_split, self.language_model.max_positions)
 
     def configure_model(self) -> None:
         """Read the weights."""
