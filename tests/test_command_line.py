@@ -116,10 +116,7 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_every_callback_has_a_short_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [f"--trainer.callbacks+={name}" for name in NAMES]
     required = ["--model.student", "models/small", "--data.tokenizer", "models/small"]
-    monkeypatch.setattr(sys, "argv", ["akl", "fit", *required, *chosen, "--print_config"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0
+    assert akl(monkeypatch, "fit", *required, *chosen, "--print_config") == 0
     output = capsys.readouterr().out
     assert all(f"class_path: akl_lightning.callbacks.{name}\n" in output for name in NAMES)
 
