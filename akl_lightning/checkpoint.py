@@ -154,7 +154,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only is not False)
         checkpoint, fault = _read(Path(path), map_location, weights_only is not False)
         if checkpoint is None:
-            others = sorted(Path(path).parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
+            others = sorted(Path(path).parent.glob("*.ckpt"), key=_written, reverse=True)
             good = next((other for other in others if other != Path(path) and _read(other)[0] is not None), None)
             way_out = "give another one" if good is None else f"go on from {good}, which is complete"
             raise UsageError(f"{path} {fault}: {way_out}.")
@@ -178,24 +178,29 @@ def _read(path: Path, map_location: Any = "cpu", weights_only: bool = True) -> t
     return checkpoint, ""
 
 
-def newest_checkpoint(folders: Iterable[Path]) -> Path:
-    """The ``last.ckpt`` that was written last, or the newest of the others where there is none.
+def newest_checkpoint(root: Path, folders: Iterable[Path]) -> Path:
+    """The checkpoint to go on from in the run that wrote one last: its ``last.ckpt``, or else its newest.
 
     Args:
-        folders: where to look for ``*.ckpt``.
+        root: where the folders lie, for the error.
+        folders: one of each run, with ``*.ckpt``.
 
     Raises:
         UsageError: there is none.
     """
-    folders = list(folders)
-    found = [path for folder in folders for path in folder.glob("*.ckpt")]
-    if not found:
+    runs = [found for folder in folders if (found := list(folder.glob("*.ckpt")))]
+    if not runs:
         raise UsageError(
-            f"there is no checkpoint to go on from in {', '.join(map(str, folders)) or 'any run'}: give the path "
-            "of one, or leave --ckpt_path out to begin anew."
+            f"there is no checkpoint to go on from in {root}: give the path of one, or leave --ckpt_path out to begin "
+            "anew."
         )
+    run = max(runs, key=lambda found: max(map(_written, found)))
     # Any other may have been written in the middle of an optimizer step, or before the loggers were flushed.
-    return max(found, key=lambda path: (path.stem.startswith("last"), path.stat().st_mtime_ns))
+    return max(run, key=lambda path: (path.stem.startswith("last"), _written(path)))
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def random_states() -> dict[str, Any]:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import shtab
+from jsonargparse import capture_parser, set_parsing_settings
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -34,6 +36,9 @@ LOST_PROCESSES = {
 }
 """What a RuntimeError of torch says when a process is gone, and what is said to the user instead."""
 
+MODELS = ("teacher", "student", "model")
+"""The arguments of modules that name a model."""
+
 
 class OneSentenceParser(LightningArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
@@ -48,8 +53,6 @@ class OneSentenceParser(LightningArgumentParser):
             super().error(message, ex)
         if "criterion.divergence" in message and "class_path" not in message:
             message = f"unknown divergence: use one of {', '.join(known_divergences())}.\n{message}"
-        if "argument subcommand" in message:
-            message += f", and {', '.join(f'akl {name}' for name in COMMANDS)}"
         # A key may stand behind a flag that is spelled wrongly.
         message = re.sub(r"(?i)(--[\w-]*key[\w-]*[ =]+)\S+", r"\1[key]", message)
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
@@ -78,13 +81,17 @@ class InstructionCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let ``--data.tokenizer`` be left out."""
+        """Let ``--data.tokenizer`` be left out, and a shell complete a model as a folder."""
         parser.set_defaults({"data.tokenizer": ""})
+        for action in parser._actions:
+            if action.dest in {f"model.{role}" for role in MODELS}:
+                # By its type it might be any module that torch has, with all of their arguments.
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
 
     def before_instantiate_classes(self) -> None:
         """Take the tokenizer of the first model that has a name, and new models' vocabulary from it."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        models = {role: config.model[role] for role in ("teacher", "student", "model") if role in config.model}
+        models = {role: config.model[role] for role in MODELS if role in config.model}
         if not config.data.tokenizer:
             config.data.tokenizer = _first_name(models.values())
         for role, model in models.items():
@@ -118,7 +125,7 @@ class DistillationCLI(InstructionCLI):
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
-            config.ckpt_path = str(newest_checkpoint([*root.rglob("checkpoints")] or [root / "**/checkpoints"]))
+            config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning lets what a checkpoint remembers beat the flags that are given."""
@@ -197,18 +204,36 @@ def judge_answers(args: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"cache": cache, "generate": generate, "judge": judge_answers}
-"""What ``akl`` has besides the subcommands of the Lightning CLI, each with its own ``--help``."""
+"""What ``akl`` has besides the subcommands of the Lightning CLI."""
+
+
+class CommandCLI(DistillationCLI):
+    """The Lightning CLI whose help, and whose shell completion, know of :data:`COMMANDS` too."""
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Add the commands' own parsers."""
+        super().setup_parser(*args, **kwargs)
+        subcommands = self.parser._subcommands_action
+        assert subcommands is not None, "Lightning has added its own"
+        for name, command in COMMANDS.items():
+            parser = capture_parser(command, [])
+            subcommands.add_subcommand(name, parser, help=parser.description)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a command behind an option: it is no method of the Trainer."""
+        super().parse_arguments(parser, args)
+        if self.config.subcommand in COMMANDS:
+            raise UsageError(f"the command comes first: akl {self.config.subcommand}, then its options.")
 
 
 def main() -> None:
     """``akl fit|validate|test|predict`` are the Lightning CLI's; the others are :data:`COMMANDS`."""
+    set_parsing_settings(add_print_completion_argument=True)
     command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if command is not None:
         run_command(lambda: command(sys.argv[2:]))
     else:
-        others = ", ".join(f"akl {name}" for name in COMMANDS)
-        description = f"Distil language models. Other commands, each with its own --help: {others}."
-        run_command(lambda: DistillationCLI(parser_kwargs={"prog": "akl", "description": description}))
+        run_command(lambda: CommandCLI(parser_kwargs={"prog": "akl", "description": "Distil language models."}))
 
 
 if __name__ == "__main__":

@@ -551,8 +551,17 @@ class DistillationModule(LightningModule):
         """Take up the epoch's means; random numbers wait until training starts.
 
         Raises:
-            UsageError: the checkpoint is of a run with the cache of another teacher.
+            UsageError: the checkpoint is of another student, or of a run with the cache of another teacher.
         """
+        weights = checkpoint.get("state_dict")
+        if self._trainer is not None and self.strict_loading and weights is not None:
+            own, theirs = ({name: value.shape for name, value in of.items()} for of in (self.state_dict(), weights))
+            odd = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
+            if odd:
+                raise UsageError(
+                    f"the checkpoint is of another student, they differ in {odd[0].removeprefix('student.')}: give "
+                    "model.student as it was in that run, or another checkpoint."
+                )
         ours = None if self.teacher is None else self.teacher.fingerprint
         if ours is not None and checkpoint.get("teacher", ours) != ours:
             raise UsageError(

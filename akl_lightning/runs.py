@@ -141,7 +141,7 @@ def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | Non
         name = re.compile(re.escape(output_dir.name) + r"(-v\d+)?")
         siblings = output_dir.parent.iterdir() if output_dir.parent.is_dir() else ()
         runs = [path for path in siblings if path.is_dir() and name.fullmatch(path.name)]
-        ckpt_path = str(newest_checkpoint(path / "checkpoints" for path in runs))
+        ckpt_path = str(newest_checkpoint(output_dir, (path / "checkpoints" for path in runs)))
     if not Path(ckpt_path).is_file():
         raise UsageError(f"there is no checkpoint {ckpt_path}: give the path of one, or 'last'.")
     return Path(ckpt_path).resolve().parent.parent, ckpt_path

@@ -252,7 +252,7 @@ def run(folder: Path, name: str, seed: int, arguments: list[str], decoding: Deco
         case = Case(all_arguments, [curve, progress, last])
         checkpoint = None
         if any((folder / "checkpoints").glob("*.ckpt")):
-            checkpoint = str(newest_checkpoint([folder / "checkpoints"]))
+            checkpoint = str(newest_checkpoint(folder, [folder / "checkpoints"]))
         else:
             case.trainer.validate(case.model, case.datamodule, verbose=False)
         case.trainer.fit(case.model, case.datamodule, ckpt_path=checkpoint)

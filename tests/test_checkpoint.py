@@ -146,14 +146,40 @@ def test_a_bad_checkpoint_is_named_and_a_good_one_offered(
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_newest_checkpoint_is_found_from_a_new_process(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no checkpoint to go on from"):
-        newest_checkpoint([tmp_path / "nowhere"])
-    for index, name in enumerate(("b", "a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "last.ckpt").write_text("")
-        os.utime(tmp_path / name / "last.ckpt", (index, index))
-    assert newest_checkpoint([tmp_path / "a", tmp_path / "b"]) == tmp_path / "a/last.ckpt"
+def test_the_last_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    def found() -> Path:
+        return newest_checkpoint(tmp_path, tmp_path.rglob("checkpoints"))
+
+    def write(name: str, time: int) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        os.utime(path, (time, time))
+        return path
+
+    with pytest.raises(UsageError, match=f"there is no checkpoint to go on from in {tmp_path}:"):
+        found()
+    last = write("b/checkpoints/last.ckpt", 2)
+    assert found() == last
+    write("a/checkpoints/last.ckpt", 1)
+    assert found() == last
+    write("b/checkpoints/epoch=2.ckpt", 3)
+    assert found() == last, "the best may have been written within a step"
+    write("c/checkpoints/epoch=1.ckpt", 4)
+    newest = write("c/checkpoints/epoch=2.ckpt", 5)
+    assert found() == newest, "another run, without last.ckpt"
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_checkpoint_of_another_student_is_refused(verb: str, tmp_path: Path, data: InstructionDataModule) -> None:
+    trainer = Trainer(**QUIET, max_epochs=1)
+    trainer.fit(DistillationModule(gpt2(16), gpt2(24)), data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    for student, name in ((gpt2(24), "model.transformer.wte.weight"), (gpt2(16, layers=2), "model.transformer.h.1")):
+        with pytest.raises(UsageError, match=f"is of another student, they differ in {name}.*: give model.student"):
+            getattr(Trainer(**QUIET, max_epochs=1), verb)(
+                DistillationModule(student, gpt2(24)), datamodule=data, ckpt_path=tmp_path / "one.ckpt"
+            )
 
 
 def two_groups(first: str) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:

@@ -1,6 +1,7 @@
 """The ``akl`` command: short names, settings stated once, a printed configuration that is the run."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,46 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     output = capsys.readouterr().out
     assert "what is trained: a hub name, a local folder" in output and "divergences.AdaptiveKL" in output
     assert "torch.nn.Bilinear" not in output and len(output.splitlines()) < 700
+
+
+def test_help_knows_all_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert akl(monkeypatch, "--help") == 0
+    assert "{fit,validate,test,predict,cache,generate,judge}" in capsys.readouterr().out
+    assert akl(monkeypatch, "fti") == 2
+    assert "invalid choice: 'fti' (choose from" in capsys.readouterr().err
+
+
+def test_a_command_that_is_no_training_comes_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "c.yaml").write_text("{}")
+    arguments = ["--data.source", "JsonLines", "--data.source.path", "pairs.jsonl", "--model.path", "cache"]
+    assert akl(monkeypatch, "--config", "c.yaml", "cache", "--model.teacher", "large", *arguments) == 2
+    assert "the command comes first: akl cache, then its options." in capsys.readouterr().err
+    assert not (folder / "cache").exists()
+
+
+def test_a_shell_completes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert akl(monkeypatch, "--print_completion", "shtab-bash") == 0
+    (folder / "akl.bash").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> list[str]:
+        script = (
+            'source ./akl.bash; COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_TYPE=9; '
+            '_shtab_akl; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        result = subprocess.run(
+            ["bash", "-c", script, "bash", "akl", *words], cwd=folder, capture_output=True, text=True, timeout=30
+        )
+        return result.stdout.split()
+
+    assert completed("ca") == ["cache"]
+    assert completed("fit", "--model.criterion.t") == ["--model.criterion.temperature"]
+    assert "--model.criterion.divergence.mu" in completed("fit", "--model.criterion.divergence.")
+    assert "akl_lightning.divergences.SkewKL" in completed("fit", "--model.criterion.divergence", "akl")
+    assert completed("fit", "--trainer.precision", "bf16-m") == ["bf16-mixed"]
+    assert completed("fit", "--model.student", "lar") == ["large"], "a folder"
+    assert "--model.codec" in completed("cache", "--model.c")
 
 
 def test_every_callback_has_a_short_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,9 +149,10 @@ class InstructionDataModule(LightningDataModule):
                 f"{self.max_prompt_length} tokens"
             )
         if not len(fits):
+            bound = "data.max_prompt_length" if self.max_prompt_length < self.max_length - 1 else "data.max_length"
             raise UsageError(
-                f"no usable {split} sample left: every prompt is longer than data.max_prompt_length = "
-                f"{self.max_prompt_length} tokens; raise it."
+                f"no usable {split} sample left: every prompt is longer than {self.max_prompt_length} tokens; raise "
+                f"{bound}, the shortest has {min(data['prompt_length'])}."
             )
         return fits
 

@@ -170,9 +170,10 @@ def test_other_bad_input(tokenizer, corpus: str, tmp_path: Path) -> None:
         InstructionDataModule(tokenizer, template="vicuna")
     with pytest.raises(UsageError, match="batch_size must be 1 or more"):
         InstructionDataModule(tokenizer, batch_size=0)
-    data = InstructionDataModule(tokenizer, JsonLines(corpus), max_prompt_length=1)
-    with pytest.raises(UsageError, match="every prompt is longer than"):
-        data.setup("fit")
+    for bound, settings in (("max_prompt_length", {"max_prompt_length": 1}), ("max_length", {"max_length": 2})):
+        data = InstructionDataModule(tokenizer, JsonLines(corpus), **settings)
+        with pytest.raises(UsageError, match=rf"longer than 1 tokens; raise data.{bound}, the shortest has \d+\."):
+            data.setup("fit")
 
 
 def test_alpaca_template() -> None:

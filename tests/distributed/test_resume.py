@@ -135,7 +135,7 @@ def undisturbed(folder: Path) -> Path:
 
 def last(output: Path) -> str | None:
     try:
-        return str(newest_checkpoint([output / "checkpoints"]))
+        return str(newest_checkpoint(output, [output / "checkpoints"]))
     except UsageError:
         return None
 

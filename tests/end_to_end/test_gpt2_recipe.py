@@ -191,7 +191,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
         (["--model.student.vocab_size", "2000"], "the student has no output for the token"),
         (["--model.criterion.temperature", "0"], "temperature must be a positive number, got 0"),
         (["--model.teacher", "cache:somewhere"], "which a cache cannot: train with akl fit"),
-        (["--ckpt_path", "last"], "there is no checkpoint to go on from in any run"),
+        (["--ckpt_path", "last"], "there is no checkpoint to go on from in runs/gpt2_distill"),
         (["--trainer.precison", "32"], "precison"),
     ],
 )

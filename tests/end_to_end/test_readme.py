@@ -3,17 +3,24 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from tests.conftest import gpt2
+from tests.evaluation.judge_server import Server, well, write
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_two_commands_stand_at_the_top_each_on_one_line() -> None:
@@ -39,6 +46,79 @@ def test_python_examples_run(tokenizer: PreTrainedTokenizerFast, corpus: str, tm
     assert json.loads((tmp_path / "student/config.json").read_text())["model_type"] == "gpt2"
 
 
+BUDGET = {
+    "model": {"max_new_tokens": 4},
+    "teacher": {"max_epochs": 1, "batch_size": 32},
+    "data": {"source": {"class_path": "JsonLines", "init_args": {"path": "pairs.jsonl"}}, "max_length": 200},
+    "trainer": {"max_epochs": 1, "limit_val_batches": 1, "limit_test_batches": 1},
+}
+ONLY_ITS_OPTIONS = ("compare_divergences", "gpt2_dolly", "PaperTestSet", "num_nodes")
+"""In what takes hours, the hub or other machines."""
+
+
+@pytest.fixture
+def clone(tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path) -> Path:
+    """The folder in which the README is followed: the recipes, on a small budget, two models and some pairs."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    default = tmp_path / "recipes/gpt2_distill.yaml"
+    settings = yaml.safe_load(default.read_text())
+    default.write_text(yaml.safe_dump({**settings, **{name: settings[name] | BUDGET[name] for name in BUDGET}}))
+    for name, width in (("small", 16), ("large", 24)):
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "models" / name)
+        tokenizer.save_pretrained(tmp_path / "models" / name)
+    write(tmp_path / "student.jsonl", ["a b c", "a b"])
+    write(tmp_path / "baseline.jsonl", ["a", "z"])
+    return tmp_path
+
+
+@pytest.fixture
+def judge() -> Iterator[Server]:
+    with Server(well) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def affordable(line: str) -> str:
+    """What of a command is run here."""
+    command, _, comment = line.partition("  #")
+    command = re.sub(r"^torchrun .*?(?=recipes/)", "python ", command).replace(" fit ... ", " fit --config run.yaml ")
+    if command.startswith("transformers serve"):
+        return "true"  # another server is there
+    if any(sign in command for sign in ONLY_ITS_OPTIONS):
+        command += " --print_config > /dev/null"
+    return f"{command}  #{comment}"
+
+
+def follow(program: str, clone: Path, judge: Server) -> None:
+    """Run the blocks with this program, one after another, as a reader would."""
+    home = {"HOME": str(clone / "home"), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    blocks = [block for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) if program in block]
+    assert len(blocks) > 5
+    for block in blocks:
+        lines = re.sub(r" *\\\n *", " ", block).splitlines()
+        script = re.sub(r"https?://[\w.:]+/v1", judge.url, "\n".join(map(affordable, lines)))
+        result = subprocess.run(
+            ["bash", "-euxc", script], cwd=clone, capture_output=True, text=True, timeout=200, env=os.environ | home
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_shell_examples_run(clone: Path, judge: Server) -> None:
+    (clone / "akl").mkdir()
+    for needed in ("models", "pairs.jsonl", "student.jsonl", "baseline.jsonl"):
+        (clone / "akl" / needed).symlink_to(clone / needed)
+    with ThreadPoolExecutor(2) as readers:
+        akl = readers.submit(follow, "akl ", clone / "akl", judge)
+        readers.submit(follow, "python recipes", clone, judge).result()
+        akl.result()
+
+
 @pytest.mark.parametrize("name", known_divergences())
 def test_the_table_has_every_divergence(name: str) -> None:
     if name in {cls.__name__ for cls in Divergence.__subclasses__() if cls.__module__ == AdaptiveKL.__module__}:
@@ -46,7 +126,7 @@ def test_the_table_has_every_divergence(name: str) -> None:
 
 
 def test_the_messages_are_those_of_the_code() -> None:
-    root = Path(__file__).parents[2] / "akl_lightning"
+    root = ROOT / "akl_lightning"
     # As one text: without the quotes, line breaks and indentation in the middle of a sentence.
     code = "".join(re.sub(r'"\n\s*f?"', "", path.read_text()) for path in root.rglob("*.py"))
     code = re.sub(r"\{[^{}\n]*\}", "*", code)
@@ -56,5 +136,5 @@ def test_the_messages_are_those_of_the_code() -> None:
     for message in messages:
         if message.startswith("CUDA"):
             continue
-        for part in re.split(r"\.\.\.|\b(?:teacher|student|train|512|256)\b", message):
+        for part in re.split(r"\.\.\.|\b(?:teacher|student|train|512|256|127|data\.max_length)\b", message):
             assert part.strip("; ") in code, (message, part)
