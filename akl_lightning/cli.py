@@ -1,28 +1,28 @@
 """The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import shtab
 from jsonargparse import capture_parser, set_parsing_settings
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import akl_lightning.callbacks  # noqa: F401 (so that --trainer.callbacks knows them by their names)
 from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
-from akl_lightning.divergences import known_divergences
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.evaluation.judge import judge
 from akl_lightning.models import load_tokenizer
 from akl_lightning.module import DistillationModule
+from akl_lightning.parser import OneSentenceParser, one_sentence
 from akl_lightning.teachers.cache import CACHE_PREFIX
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 
@@ -38,25 +38,6 @@ LOST_PROCESSES = {
 
 MODELS = ("teacher", "student", "model")
 """The arguments of modules that name a model."""
-
-
-class OneSentenceParser(LightningArgumentParser):
-    """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
-
-    def format_help(self, *args: Any) -> str:
-        """Leave out lists of classes that nobody reads: where a module may stand, all that torch has."""
-        return re.sub(r",\s+known\s+subclasses:[^()]{2000,}(?=\))", "", super().format_help(*args))
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the mistake and the way out, and exit with code 2."""
-        if not self.exit_on_error:  # jsonargparse tries one type after another and catches what does not fit
-            super().error(message, ex)
-        if "criterion.divergence" in message and "class_path" not in message:
-            message = f"unknown divergence: use one of {', '.join(known_divergences())}.\n{message}"
-        # A key may stand behind a flag that is spelled wrongly.
-        message = re.sub(r"(?i)(--[\w-]*key[\w-]*[ =]+)\S+", r"\1[key]", message)
-        sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
-        raise SystemExit(2) from ex
 
 
 class InstructionCLI(LightningCLI):
@@ -99,6 +80,22 @@ class InstructionCLI(LightningCLI):
                 tokenizer = load_tokenizer(config.data.tokenizer, config.data.trust_remote_code)
                 ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
                 config.model[role] = {"vocab_size": len(tokenizer), **ids, **model}
+
+    def instantiate_classes(self) -> None:
+        """Say in one sentence what is missing, such as the package of a logger."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if not str(error).startswith("Does not validate"):  # jsonargparse on what a class has raised
+                raise
+            raise UsageError(one_sentence(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Say in one sentence what the Trainer does not accept."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _first_name(models: Iterable[Any]) -> str:
@@ -145,7 +142,7 @@ def run_command(main: Callable[[], object]) -> None:
             main()
         except BrokenPipeError:
             raise
-        except (UsageError, OSError) as error:
+        except (UsageError, OSError, MisconfigurationException) as error:
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(2) from error
         except RuntimeError as error:

@@ -150,7 +150,7 @@ def _location(source: str) -> dict[str, str]:
 
 def _in_package(source: str) -> str:
     """The path of the GGUF file that an installed package brings."""
-    name = source.removeprefix(PACKAGE_PREFIX)
+    name = source.removeprefix(PACKAGE_PREFIX).replace("-", "_")  # pip takes either
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     found = [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.glob("*.gguf"))
     if len(found) != 1:

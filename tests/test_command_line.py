@@ -114,6 +114,56 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "torch.nn.Bilinear" not in output and len(output.splitlines()) < 700
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.prcision", "32"], "unrecognized arguments: --trainer.prcision 32"),
+        (["--trainer.max_epochs", "three"], "trainer.max_epochs: expected int or null, got 'three'."),
+        (
+            ["--trainer.precision", "bf17"],
+            "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true or 64, 32, 16, bf16 or null, got",
+        ),
+        (["--trainer.strategy", "fsdp3"], "You selected an invalid strategy name: `strategy='fsdp3'`"),
+        (["--trainer.devices", "0"], "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
+        (["--trainer.callbacks+=StudentExprt"], "trainer.callbacks: there is no StudentExprt; check its name, or give"),
+        (
+            ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.dirpth", "x"],
+            "trainer.callbacks: StudentExport has no option dirpth; --trainer.callbacks.help StudentExport lists those",
+        ),
+        (
+            ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.merge", "7"],
+            "trainer.callbacks.merge: expected bool, got '7'.",
+        ),
+        (["--model.criterion.divergence", "KLDiv"], "divergence: there is no KLDiv; use one of AdaptiveKL, ForwardKL,"),
+        (["--model.criterion.divergence.mu", "x"], "model.criterion.divergence.mu: expected float, got 'x'."),
+        (
+            ["--model.optimizer", "AdamW", "--model.optimizer.lrr", "1"],
+            "model.optimizer: AdamW has no option lrr; --mod",
+        ),
+        (["--model.lr_scheduler", "cosin"], "expected constant, constant_with_warmup, linear, cosine or the name of a"),
+        (["--model.lora.rank", "x"], "model.lora.rank: expected int, got 'x'."),
+        (["--config", "none.yaml"], "File does not exist: "),
+        (["--config", "broken.yaml"], "broken.yaml is no YAML: while parsing a flow"),
+        (["--config", "binary.yaml"], "binary.yaml is no YAML: 'utf-8' codec can't decode byte 0xff"),
+        (["--data.source.path", "binary.yaml"], "binary.yaml, line 1 is no JSON ('utf-8' codec can't decode"),
+        (["--trainer.logger", "CometLogger"], "CometLogger: Requirement 'comet-ml"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (folder / "broken.yaml").write_text("model: [")
+    (folder / "binary.yaml").write_bytes(b"\xff\x00\xfe")
+    assert akl(monkeypatch, "fit", *RUN, *arguments) == 2
+    said = capsys.readouterr().err.split("error: ")[1].removesuffix("(--help lists the options)\n").strip()
+    assert message in said and "\n" not in said
+    assert not list(folder.rglob("*.ckpt"))
+
+
 def test_help_knows_all_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert akl(monkeypatch, "--help") == 0
     assert "{fit,validate,test,predict,cache,generate,judge}" in capsys.readouterr().out

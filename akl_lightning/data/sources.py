@@ -191,19 +191,19 @@ class JsonLines(Source):
         if not path.is_file():
             raise UsageError(f"there is no file {path}: give data.source.path the path of a JSON Lines file.")
         pairs = []
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(tqdm(lines, desc=f"Reading {path.name}", unit="line", leave=False), 1):
                 if line.strip():
                     pairs.append(self._pair(line, f"{path}, line {number}"))
         return _usable(pairs, str(path), split)
 
-    def _pair(self, line: str, where: str) -> Pair:
+    def _pair(self, line: bytes, where: str) -> Pair:
         try:
             record = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{where} is no JSON ({error}): mend or remove the line.") from error
         if not isinstance(record, dict):
-            raise UsageError(f"{where} is no JSON object but {line.strip()[:40]!r}: mend or remove the line.")
+            raise UsageError(f"{where} is no JSON object but {str(record)[:40]!r}: mend or remove the line.")
         return _pair(record, self.fields, where)
 
 
