@@ -20,7 +20,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.evaluation.judge import judge
-from akl_lightning.models import load_tokenizer
+from akl_lightning.models import load_tokenizer, name_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parser import OneSentenceParser, one_sentence
 from akl_lightning.teachers.cache import CACHE_PREFIX
@@ -100,8 +100,8 @@ class InstructionCLI(LightningCLI):
 
 def _first_name(models: Iterable[Any]) -> str:
     for model in models:
-        name = model.get("layers_of") if isinstance(model, Mapping) else model
-        if isinstance(name, str) and not name.startswith(CACHE_PREFIX):
+        name = name_of(model)
+        if name is not None and not name.startswith(CACHE_PREFIX):
             return name
     raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
 

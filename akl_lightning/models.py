@@ -254,17 +254,28 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         )
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UsageError(f"model.lora: {str(error).splitlines()[0]}") from error
+        matrices = [name for name, weight in model.named_parameters() if weight.dim() == 2]
+        layers = {name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise UsageError(
+            f"model.lora: {reason}; set target_modules, the layers are {', '.join(sorted(layers))}."
+        ) from error
+
+
+def name_of(source: nn.Module | Mapping[str, Any] | str | None) -> str | None:
+    """What a model was read from, itself or the one whose layers it has; None where that is nothing with a name."""
+    if isinstance(source, Mapping):
+        source = source.get("layers_of")
+    name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else source
+    return name if isinstance(name, str) and name else None
 
 
 def tokenizer_of(
     source: nn.Module | Mapping[str, Any] | str | None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside a model's weights, or None where nothing says which it is."""
-    if isinstance(source, Mapping):
-        source = source.get("layers_of")
-    name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else source
-    if not isinstance(name, str) or not name:
+    name = name_of(source)
+    if name is None:
         return None
     try:
         tokenizer = load_tokenizer(name, trust_remote_code)

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
 from akl_lightning.chunked import Logits, project_and_compare, rows_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
+from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
 from akl_lightning.functional import log_probs
@@ -226,8 +227,9 @@ class DistillationModule(LightningModule):
             if tokenizer is not None and (own := self._tokenizers[name]) is not None:
                 check_same_vocabulary(own, tokenizer, (name, "data"))
             model.check_fits(name, tokenizer, getattr(data, "max_length", None))
-        if stage == "predict":
-            self.check_answers_fit()
+        if stage == "predict" and isinstance(data, InstructionDataModule):
+            positions = self.student.max_positions
+            data.check_answers_fit(data.predict_split, "model.max_new_tokens", self.max_new_tokens, positions)
         known = any(self._tokenizers.values()) or tokenizer is not None
         if len(set(sizes.values())) > 1 and not known:
             raise UsageError(
@@ -237,16 +239,6 @@ class DistillationModule(LightningModule):
             )
         if self.teacher is not None:
             self.teacher.check_run(stage, self.trainer, self.criterion)
-
-    def check_answers_fit(self) -> None:
-        """Raise :class:`UsageError` unless the student has positions for the data's prompts and answers to them."""
-        data = getattr(self.trainer, "datamodule", None)
-        longest, limit = getattr(data, "max_prompt_length", 0) + self.max_new_tokens, self.student.max_positions
-        if limit and longest > limit:
-            raise UsageError(
-                f"data.max_prompt_length + model.max_new_tokens = {longest} is beyond the {limit} positions of the "
-                "student: lower one of them."
-            )
 
     # No property named tokenizer, which subclasses like to set.
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -95,7 +95,9 @@ def test_what_cannot_be_adapted_or_exported_says_so(
     export = StudentExport(str(tmp_path / "student"), merge=False)
     with pytest.raises(UsageError, match="the adapter alone, the student has no folder to load it onto"):
         Trainer(**QUIET, callbacks=[export]).fit(adapted(gpt2(16)), data)
-    with pytest.raises(UsageError, match=r"model\.lora: Target modules .*q_proj.* not found"):
+    with pytest.raises(
+        UsageError, match=r"modules .*q_proj.* not found.*; set target_modules, the layers are c_attn, c_fc, c_proj, "
+    ):
         adapted(folder, lora=LoraSettings(target_modules=["q_proj"]))
     with pytest.raises(UsageError, match=r"model\.lora adapts transformers models, not a Bigram"):
         adapted(Bigram())

@@ -426,8 +426,8 @@ def test_models_and_data_that_do_not_fit(tokenizer, corpus: str, data: Instructi
     must_stop_before_training(
         module(student=gpt2(16, vocab_size=310)), loader([stack(samples())]), "no tokenizer tells whether token 300"
     )
-    with pytest.raises(UsageError, match="64 positions of the student"):
-        Trainer(**QUIET).predict(module(max_new_tokens=30), data)
+    with pytest.raises(UsageError, match="model.max_new_tokens = 64 are beyond the 64 positions of the model"):
+        Trainer(**QUIET).predict(module(max_new_tokens=64), data)
 
 
 def test_a_missing_key_is_named() -> None:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from akl_lightning.callbacks.checks import require_logger, require_tokenizer
 from akl_lightning.callbacks.loggers import log_texts
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
@@ -51,7 +52,10 @@ class SampledAnswers(Callback):
                     f"SampledAnswers needs a student that can generate, {type(pl_module.student.model).__name__} has "
                     "no generate method: remove the callback."
                 )
-            pl_module.check_answers_fit()
+            data = getattr(trainer, "datamodule", None)
+            if isinstance(data, InstructionDataModule):
+                positions = pl_module.student.max_positions
+                data.check_answers_fit("validation", "model.max_new_tokens", pl_module.max_new_tokens, positions)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""

@@ -123,6 +123,25 @@ class InstructionDataModule(LightningDataModule):
                 f"{of_stage} split."
             )
 
+    def check_answers_fit(self, split: str, setting: str, max_new_tokens: int, positions: int | None) -> None:
+        """Check that a model has positions for the longest prompt of a split and an answer to it.
+
+        Args:
+            split: whose prompts are answered.
+            setting: the name of ``max_new_tokens`` where the user sets it.
+            max_new_tokens: tokens of an answer.
+            positions: of the model; None where it has no bound.
+
+        Raises:
+            UsageError: it has not.
+        """
+        longest = max(self.splits[split]["prompt_length"], default=0)
+        if positions and longest + max_new_tokens > positions:
+            raise UsageError(
+                f"the longest {split} prompt, {longest} tokens, and an answer of {setting} = {max_new_tokens} are "
+                f"beyond the {positions} positions of the model: lower data.max_prompt_length or {setting}."
+            )
+
     def _tokenize(self, split: str, pairs: list[Pair]) -> datasets.Dataset:
         if not pairs:
             return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "length": []})

@@ -55,7 +55,7 @@ class AnswerEvaluation(Callback):
             return
         if not isinstance(pl_module, DistillationModule):
             raise UsageError("AnswerEvaluation needs a DistillationModule: remove the callback.")
-        check_prompts(self.decoding, _data(trainer), "test", pl_module.student.max_positions)
+        _check_answers_fit(_data(trainer), "test", self.decoding, pl_module.student.max_positions)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for answers that are there already."""
@@ -109,15 +109,8 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
     return figures | diversity([[record["answer"] for record in group] for group in answers])
 
 
-def check_prompts(decoding: Decoding, data: InstructionDataModule, split: str, positions: int | None) -> None:
-    """Raise :class:`UsageError` where a prompt of the split and its answer are longer than the model."""
-    longest = max(data.splits[split]["prompt_length"], default=0)
-    if positions and longest + decoding.max_new_tokens > positions:
-        raise UsageError(
-            f"the longest {split} prompt, {longest} tokens, and an answer of decoding.max_new_tokens = "
-            f"{decoding.max_new_tokens} are beyond the {positions} positions of the model: lower "
-            "data.max_prompt_length or decoding.max_new_tokens."
-        )
+def _check_answers_fit(data: InstructionDataModule, split: str, decoding: Decoding, positions: int | None) -> None:
+    data.check_answers_fit(split, "decoding.max_new_tokens", decoding.max_new_tokens, positions)
 
 
 def _data(trainer: Trainer) -> InstructionDataModule:
@@ -164,7 +157,7 @@ class AnswerWriter(LightningModule):
         if self._tokenizer is not None:
             check_same_vocabulary(self._tokenizer, data.tokenizer, ("model", "data"))
         self.language_model.check_fits("model", data.tokenizer, None)
-        check_prompts(self.decoding, data, data.predict_split, self.language_model.max_positions)
+        _check_answers_fit(data, data.predict_split, self.decoding, self.language_model.max_positions)
 
     def configure_model(self) -> None:
         """Read the weights."""

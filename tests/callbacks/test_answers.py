@@ -42,8 +42,10 @@ def test_misuse_is_reported_before_training(data: InstructionDataModule, tmp_pat
     settings = {**QUIET, "logger": TensorBoardLogger(tmp_path, "", "")}
     with pytest.raises(UsageError, match="SampledAnswers needs a student that can generate, Bigram has no generate"):
         Trainer(**settings, callbacks=[SampledAnswers()]).fit(DistillationModule(Bigram(), gpt2(24)), data)
-    with pytest.raises(UsageError, match=r"data.max_prompt_length \+ model.max_new_tokens = 103 is beyond the 64"):
-        Trainer(**settings, callbacks=[SampledAnswers()]).fit(DistillationModule(gpt2(16), gpt2(24)), data)
+    with pytest.raises(UsageError, match=r"tokens, and an answer of model.max_new_tokens = 64 are beyond the 64 pos"):
+        Trainer(**settings, callbacks=[SampledAnswers()]).fit(
+            DistillationModule(gpt2(16), gpt2(24), max_new_tokens=64), data
+        )
     with pytest.raises(UsageError, match="SampledAnswers needs a tokenizer"):
         Trainer(**settings, callbacks=[SampledAnswers()]).fit(DistillationModule(gpt2(16), gpt2(24)), [{}])
     with pytest.raises(UsageError, match="answers must be 1 or more, got 0"):
