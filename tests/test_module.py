@@ -426,7 +426,7 @@ def test_models_and_data_that_do_not_fit(tokenizer, corpus: str, data: Instructi
     must_stop_before_training(
         module(student=gpt2(16, vocab_size=310)), loader([stack(samples())]), "no tokenizer tells whether token 300"
     )
-    with pytest.raises(UsageError, match="model.max_new_tokens = 64 are beyond the 64 positions of the model"):
+    with pytest.raises(UsageError, match=r"model.max_new_tokens = 64 are beyond the 64 positions of the model"):
         Trainer(**QUIET).predict(module(max_new_tokens=64), data)
 
 
