@@ -1,5 +1,7 @@
 """The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
+import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -8,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import shtab
-from jsonargparse import capture_parser, set_parsing_settings
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse import Namespace, capture_parser, set_parsing_settings
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import akl_lightning.callbacks  # noqa: F401 (so that --trainer.callbacks knows them by their names)
+# All of them, so that --trainer.callbacks knows them by their names.
+from akl_lightning.callbacks import DistillationProgressBar, DistillationSummary
 from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -117,15 +120,33 @@ class DistillationCLI(InstructionCLI):
         super().__init__(DistillationModule, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none."""
+        """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none.
+
+        Add the pack's progress bar and summary, where the user has not chosen others or none.
+        """
         super().before_instantiate_classes()
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
+        self.trainer_defaults["callbacks"] = [
+            *self.trainer_defaults.get("callbacks", []),
+            *_progress_and_summary(config.trainer),
+        ]
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning lets what a checkpoint remembers beat the flags that are given."""
+
+
+def _progress_and_summary(settings: Namespace) -> list[Callback]:
+    given = settings.callbacks or []
+    given = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
+    callbacks: list[Callback] = []
+    if settings.enable_progress_bar is not False and not any(path.endswith("ProgressBar") for path in given):
+        callbacks.append(DistillationProgressBar())
+    if settings.enable_model_summary is not False and not any(path.endswith("Summary") for path in given):
+        callbacks.append(DistillationSummary())
+    return callbacks
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -134,6 +155,10 @@ def run_command(main: Callable[[], object]) -> None:
     Args:
         main: the command.
     """
+    # Lightning's advice to install more of its makers' packages; that it adds no summary of its own.
+    noise = re.compile("Tip:|Trainer already configured with model summary")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: noise.search(str(record.msg)) is None)
     # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
     warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
     # A TTY that went away (a closed pager, head) is no mistake.

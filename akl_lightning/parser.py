@@ -2,6 +2,7 @@
 
 import re
 import sys
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,9 @@ class OneSentenceParser(LightningArgumentParser):
             super().error(message, ex)
         # A key may stand behind a flag that is spelled wrongly.
         message = re.sub(r"(?i)(--[\w-]*key[\w-]*[ =]+)\S+", r"\1[key]", one_sentence(message))
+        options = self._option_string_actions
+        if unknown := re.match(r"unrecognized arguments: (--[\w.]+)", message):
+            message += "".join(f"; did you mean {name}?" for name in get_close_matches(unknown[1], options, 1))
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
         raise SystemExit(2) from ex
 

@@ -16,8 +16,6 @@ from rich.console import Console
 
 from akl_lightning.callbacks import (
     AdaptiveWeightMonitor,
-    DistillationProgressBar,
-    DistillationSummary,
     DistributionPlot,
     HeadTailPlot,
     HeadWeightMap,
@@ -91,11 +89,6 @@ class RunCLI(DistillationCLI):
         super().before_instantiate_classes()
         config.trainer.default_root_dir = str(run)
         callbacks: list[Callback] = [HeadTailPlot(str(run)), StudentExport(str(run / "student"))]
-        own = [callback.class_path for callback in config.trainer.callbacks or []]
-        if config.trainer.enable_progress_bar is not False and not any(path.endswith("ProgressBar") for path in own):
-            callbacks.append(DistillationProgressBar())
-        if config.trainer.enable_model_summary is not False:
-            callbacks.append(DistillationSummary())
         if not config.trainer.fast_dev_run:
             if config.trainer.logger is not False:
                 callbacks += [
@@ -109,7 +102,8 @@ class RunCLI(DistillationCLI):
                 ModelCheckpoint(run / "checkpoints", monitor="val/divergence", save_on_train_epoch_end=False),
                 LastCheckpoint(run / "checkpoints", every_n_steps=50),
             ]
-        self.trainer_defaults["callbacks"] = callbacks
+        # The last one writes last.ckpt, and is to know what the others have kept.
+        self.trainer_defaults["callbacks"] += callbacks
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, in the folder."""

@@ -107,6 +107,28 @@ def test_the_writers_take_the_tokenizer_of_their_model(folder: Path, monkeypatch
     assert json.loads((folder / "answers.jsonl").read_text().splitlines()[0])["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ([], True),
+        (["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"], False),
+        (["--trainer.callbacks+=RichProgressBar", "--trainer.callbacks+=RichModelSummary"], False),
+    ],
+)
+def test_a_run_shows_progress_and_models_unless_told_otherwise(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    shown: bool,
+) -> None:
+    assert akl(monkeypatch, "fit", *RUN, *arguments) == 0
+    output, errors = capfd.readouterr()
+    assert ("compression ratio" in output) == shown == ("per response token" in output)
+    assert ("head weight: 0." in output) == shown, "the progress bar"
+    assert "Tip:" not in errors and "already configured" not in errors
+
+
 def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert akl(monkeypatch, "fit", "--help") == 0
     output = capsys.readouterr().out
@@ -117,7 +139,10 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainer.prcision", "32"], "unrecognized arguments: --trainer.prcision 32"),
+        (
+            ["--trainer.prcision", "32"],
+            "unrecognized arguments: --trainer.prcision 32; did you mean --trainer.precision?",
+        ),
         (["--trainer.max_epochs", "three"], "trainer.max_epochs: expected int or null, got 'three'."),
         (
             ["--trainer.precision", "bf17"],
