@@ -57,25 +57,37 @@ def one_sentence(message: str) -> str:
     ...   Given value: three''')
     "trainer.max_epochs: expected int or null, got 'three'."
     """
-    # Of the types that were tried, the first that is a class with a mistake in its arguments is the one that was meant.
-    tried = re.search(r"^( *-? *)Problem with given class_path '([\w.]+)':(.*)", message, re.M | re.S)
-    reason = message if tried is None else re.split(rf"^{tried[1]}(?=\S)", tried[3], flags=re.M)[0]
-    cls = tried[2] if tried is not None else (re.findall(r"class_path='([\w.]+)'", message) or [""])[0]
-    cls = cls.rsplit(".", 1)[-1]
-    key = (re.findall(r'^Parser key "([^"]+)"', message) or [""])[0]
-    if missing := re.search(r"Requirement .* not met.*", reason):
-        return f"{cls}: {missing[0]}"
-    if option := re.search(r"Option '([^']+)' is not accepted", reason):
-        return f"{key}: {cls} has no option {option[1]}; --{key}.help {cls} lists those it has."
-    expected = [_readable(what) for what in re.findall(r"Expected a (?!path but)(.*)", reason)]
-    value = re.search(r"(?:Given value|Got value|import path string): (.*?)(?:\. Got value: .*)?$", reason, re.M)
-    if not key or not expected or value is None:
+    stated = re.match(r'\s*Parser key "([^"]+)":(.*)', message, re.S)
+    if stated is None and "Does not validate" not in message:
         return " ".join(message.split())
-    key = ".".join(dict.fromkeys([key, *re.findall(r'Parser key "([^"]+)"', reason)]))
-    if set(expected) <= {CLASS, "null"}:
+    key, body = ("", message) if stated is None else (stated[1], stated[2])
+    reasons = _reasons(body)
+    # The first type is the one that was meant, but that a class may be given by its name alone.
+    problem = re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", reasons[0], re.S)
+    cls, reason = (problem[1], problem[2]) if problem else ("", reasons[0])
+    if nested := re.search(r'Parser key ".*', reason if problem else body, re.S):
+        return f"{key}.{one_sentence(nested[0])}"
+    if option := re.search(r"Option '([^']+)' is not accepted", reason):
+        name = (cls or re.findall(r"class_path='([\w.]+)'|$", reason)[0]).rpartition(".")[2]
+        return f"{key}: {name} has no option {option[1]}; --{key}.help {name} lists those it has."
+    expected = [_readable(what) for each in reasons for what in re.findall(r"Expected a (.*)", each)]
+    value = re.search(r"(?:Got value|import path string): (.*)", reason) or re.search(r"Given value: (.*)", body)
+    if "Expected a" not in reason or value is None:
+        found_where = "; PYTHONPATH=. lets one of this folder be found" if "No module named" in reason else ""
+        return ": ".join(filter(None, (key, cls, " ".join(reason.split())))) + found_where
+    if CLASS in expected and set(expected) <= {CLASS, "Iterable", "bool", "null"}:
         names = f"use one of {', '.join(known_divergences())}" if key.endswith("divergence") else "check its name"
         return f"{key}: there is no {value[1]}; {names}, or give the path to import it from."
-    return f"{key}: expected {' or '.join(dict.fromkeys(expected))}, got {value[1]!r}."
+    return f"{key}: expected {' or '.join(dict.fromkeys(expected))}, got {value[1].split('. Got value')[0]!r}."
+
+
+def _reasons(body: str) -> list[str]:
+    """Why each type does not fit; where only one was tried, why that one does not."""
+    tried = re.search(r"Errors:\n(.*?)(?=\n *Given value|$)", body, re.S)
+    text = body if tried is None else tried[1]
+    bullet = re.search(r"^ *- ", text, re.M)
+    reasons = [text] if bullet is None else re.split(rf"^{bullet[0]}", text, flags=re.M)[1:]
+    return [reason.strip() for reason in reasons if not reason.startswith("Expected a path")] or [text.strip()]
 
 
 CLASS = "the name of a class"
