@@ -629,9 +629,10 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     dropped = [layer for index, layer in enumerate(layers) if index not in keep]
     hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in dropped]
     tokens = torch.arange(_LOOKED_AT, device=model.device)[None] % model.config.vocab_size
+    row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
         with torch.no_grad(), _evaluating(model), _evaluating(pruned):
-            expected, ours = (one(input_ids=tokens, use_cache=False).logits for one in (model, pruned))
+            expected, ours = (one(**row, use_cache=False).logits for one in (model, pruned))
     finally:
         for hook in hooks:
             hook.remove()

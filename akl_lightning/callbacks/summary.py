@@ -1,9 +1,9 @@
 """What is distilled into what, before a run, and what came of it, after one."""
 
+import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -53,11 +53,11 @@ class DistillationSummary(ModelSummary):
         """Stop the clock."""
         self._results = results(trainer, time.monotonic() - self._started)
 
-    # When the progress bar is gone.
+    # When the progress bar is gone, and the last checkpoint written.
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the results."""
         if self._results is not None and trainer.is_global_zero:
-            get_console().print(self._results)
+            get_console().print(self._results, *checkpoints(trainer), sep="\n", soft_wrap=True)
         self._results = None
 
 
@@ -91,7 +91,7 @@ def models(module: DistillationModule) -> Group:
 
 
 def results(trainer: Trainer, seconds: float) -> Group:
-    """The means of the last epoch, in training and in validation, and the best checkpoint."""
+    """The means of the last epoch, in training and in validation."""
     means: dict[str, dict[str, float]] = {}
     for name, value in trainer.callback_metrics.items():
         stage, _, figure = name.partition("/")
@@ -106,7 +106,7 @@ def results(trainer: Trainer, seconds: float) -> Group:
         table.add_row(figure.replace("_", " "), *cells)
     took = timedelta(seconds=round(seconds))
     title = f"[bold]Trained {trainer.current_epoch} epochs, {trainer.global_step:,} optimizer steps, in {took}"
-    return Group(title, table, _best(trainer))
+    return Group(title, table)
 
 
 def in_order(figures: Mapping[str, Figure]) -> dict[str, Figure]:
@@ -115,9 +115,17 @@ def in_order(figures: Mapping[str, Figure]) -> dict[str, Figure]:
     return dict(sorted(figures.items(), key=lambda item: places.get(item[0], len(places))))
 
 
-def _best(trainer: Trainer) -> str:
+def checkpoints(trainer: Trainer) -> list[str]:
+    """Where the best and the last checkpoint lie, in words."""
+    found = []
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
-            path = Path(callback.best_model_path)
-            return f"best {callback.monitor} {callback.best_model_score:.4f}: {path.name}"
-    return ""
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        best, last = (path and os.path.relpath(path) for path in (callback.best_model_path, callback.last_model_path))
+        if callback.monitor and callback.best_model_score is not None:
+            found.append(f"best {callback.monitor} {callback.best_model_score:.4f}: {best}")
+        elif best and not last:  # ModelCheckpoint's own default keeps the last one as the best
+            last = best
+        if last:
+            found.append(f"last checkpoint: {last}")
+    return found

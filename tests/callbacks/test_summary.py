@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from akl_lightning.callbacks import DistillationSummary
+from akl_lightning.callbacks import DistillationSummary, LastCheckpoint
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -19,13 +19,17 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_models_before_and_results_after(
-    data: InstructionDataModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: InstructionDataModule,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    best = ModelCheckpoint(tmp_path, monitor="val/fkl")
+    monkeypatch.chdir(tmp_path)
+    best, last = ModelCheckpoint("best", monitor="val/fkl"), LastCheckpoint("last")
     settings = {**QUIET, "enable_checkpointing": True, "enable_model_summary": True}
     student, teacher = gpt2(16), gpt2(24)
     student.transformer.wpe.requires_grad_(False)
-    trainer = Trainer(**settings, max_epochs=2, callbacks=[DistillationSummary(), best])
+    trainer = Trainer(**settings, max_epochs=2, callbacks=[DistillationSummary(), best, last])
     trainer.fit(DistillationModule(student, teacher), data)
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (teacher, student)]
     trained = sizes[1] - student.transformer.wpe.weight.numel()
@@ -39,7 +43,8 @@ def test_models_before_and_results_after(
         train, val = (f"{trainer.callback_metrics[f'{stage}/{name}']:.4f}" for stage in ("train", "val"))
         assert f" {figure} {train} {val}" in output
     assert output.index("compression") < output.index("Trained") < output.index("head error")
-    assert f"best val/fkl {best.best_model_score:.4f}: {Path(best.best_model_path).name}" in output
+    assert f"best val/fkl {best.best_model_score:.4f}: best/{Path(best.best_model_path).name}" in output
+    assert "last checkpoint: last/last.ckpt" in output
 
 
 def test_a_cached_teacher_and_none(
