@@ -238,3 +238,20 @@ def test_a_model_from_a_gguf_file_is_trained_and_saved(tmp_path: Path, packed: b
     model.save_pretrained(tmp_path / "saved")
     again = load_causal_lm(str(tmp_path / "saved"))
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("spelled", "files"), [("a_model", 1), ("a-model", 1), ("a_model", 2), ("none", 0)])
+def test_a_package_brings_one_gguf_file(
+    spelled: str, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_model").mkdir()
+    for name in ("__init__.py", *(f"{number}.gguf" for number in range(files))):
+        (tmp_path / "a_model" / name).write_text("no model")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = {
+        0: "is not installed",
+        1: f"cannot load the model 'package:{spelled}'",
+        2: "has 2 GGUF files in it, not one",
+    }
+    with pytest.raises(UsageError, match=message[files]):
+        load_causal_lm(f"package:{spelled}")
