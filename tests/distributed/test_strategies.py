@@ -256,17 +256,25 @@ def test_two_nodes(folder: Path, strategy: str) -> None:
     assert apart(found, whole_state(alone)) <= 1e-5
 
 
+LOST_RANK = {
+    2: "error: another process of this run died: look at its messages",
+    # Lightning looks after its processes every five seconds; where it is the first to see, it ends the run itself.
+    -signal.SIGKILL: "[rank: 1] Child process with PID {pid} terminated with code -9",
+}
+LOST_WORKER = {2: "error: a process that prepares batches died, often for want of memory: lower data.num_workers"}
+
+
 @pytest.mark.parametrize(
-    ("trainer", "workers", "sentence"),
+    ("trainer", "workers", "sentences"),
     [
-        ({"strategy": "ddp", "devices": 2}, 0, "error: another process of this run died: look at its messages"),
-        ({"strategy": "fsdp2", "devices": 2}, 0, "error: another process of this run died: look at its messages"),
-        ({}, 1, "error: a process that prepares batches died, often for want of memory: lower data.num_workers"),
+        ({"strategy": "ddp", "devices": 2}, 0, LOST_RANK),
+        ({"strategy": "fsdp2", "devices": 2}, 0, LOST_RANK),
+        ({}, 1, LOST_WORKER),
     ],
     ids=["rank", "rank, sharded", "worker"],
 )
 def test_when_a_process_dies_the_run_ends_in_one_sentence(
-    folder: Path, trainer: dict[str, Any], workers: int, sentence: str
+    folder: Path, trainer: dict[str, Any], workers: int, sentences: dict[int, str]
 ) -> None:
     path = folder / "settings.json"
     data = {"batch_size": 2, "num_workers": workers}
@@ -282,8 +290,8 @@ def test_when_a_process_dies_the_run_ends_in_one_sentence(
         other = [int(pid) for pid in children if "training" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(other[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert sentence in errors and "Traceback" not in errors
+        assert process.returncode in sentences
+        assert sentences[process.returncode].format(pid=other[0]) in errors and "Traceback" not in errors
     finally:
         process.kill()
 
