@@ -547,7 +547,10 @@ class DistillationModule(LightningModule):
         """
         weights = checkpoint.get("state_dict")
         if self._trainer is not None and self.strict_loading and weights is not None:
-            own, theirs = ({name: value.shape for name, value in of.items()} for of in (self.state_dict(), weights))
+            own, theirs = (
+                {name: getattr(value, "shape", None) for name, value in of.items()}
+                for of in (self.state_dict(), weights)
+            )
             odd = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
             if odd:
                 raise UsageError(

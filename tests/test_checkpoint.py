@@ -26,7 +26,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.models import load_causal_lm
 from akl_lightning.module import DistillationModule
-from tests.conftest import QUIET, gpt2
+from tests.conftest import QUIET, Bigram, gpt2
 from tests.distributed.training import prepare
 
 
@@ -180,6 +180,27 @@ def test_a_checkpoint_of_another_student_is_refused(verb: str, tmp_path: Path, d
             getattr(Trainer(**QUIET, max_epochs=1), verb)(
                 DistillationModule(student, gpt2(24)), datamodule=data, ckpt_path=tmp_path / "one.ckpt"
             )
+
+
+class Remembering(Bigram):
+    """A student with a state that is no tensor."""
+
+    remembered = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"remembered": 7}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.remembered = state["remembered"]
+
+
+def test_a_state_that_is_no_tensor_comes_back(tmp_path: Path, data: InstructionDataModule) -> None:
+    trainer = Trainer(**QUIET, max_steps=1)
+    trainer.fit(DistillationModule(Remembering(), Bigram()), data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = Remembering()
+    Trainer(**QUIET, max_steps=2).fit(DistillationModule(resumed, Bigram()), data, ckpt_path=tmp_path / "one.ckpt")
+    assert resumed.remembered == 7
 
 
 def two_groups(first: str) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
