@@ -144,7 +144,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _tokenize(self, split: str, pairs: list[Pair]) -> datasets.Dataset:
         if not pairs:
-            return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "length": []})
+            return datasets.Dataset.from_dict({"prompt_ids": [], "response_ids": [], "prompt_length": [], "length": []})
         data = datasets.Dataset.from_list([asdict(pair) for pair in pairs])
         settings = {"tokenizer": self.tokenizer, "template": self.template, "max_length": self.max_length}
         tokens = datasets.List(datasets.Value("int64"))  # which nothing tells where all responses are empty

@@ -199,9 +199,10 @@ class JsonLines(Source):
 
     def _pair(self, line: bytes, where: str) -> Pair:
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8-sig"))
+            json.dumps(record, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text
         except ValueError as error:
-            raise UsageError(f"{where} is no JSON ({error}): mend or remove the line.") from error
+            raise UsageError(f"{where} is no JSON in UTF-8 ({error}): mend or remove the line.") from error
         if not isinstance(record, dict):
             raise UsageError(f"{where} is no JSON object but {str(record)[:40]!r}: mend or remove the line.")
         return _pair(record, self.fields, where)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from akl_lightning.callbacks import SampledAnswers
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from tests.conftest import PAIRS, QUIET, gpt2
@@ -36,6 +38,14 @@ def test_prompts_references_and_greedy_answers_are_logged_each_epoch(
     assert [text.step for text in texts] == [trainer.global_step // 2, trainer.global_step]
     (text,) = texts[-1].tensor_proto.string_val
     assert all(f"    {row['prompt']}" in text.decode() for row in rows[3:])
+
+
+def test_a_run_without_validation_has_none(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    data = InstructionDataModule(tokenizer, JsonLines(corpus), max_length=40, validation_size=0)
+    settings = {**QUIET, "logger": CSVLogger(tmp_path, "", "")}
+    module = DistillationModule(gpt2(16), gpt2(24), max_new_tokens=6)
+    Trainer(**settings, max_steps=1, callbacks=[SampledAnswers()]).fit(module, data)
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_misuse_is_reported_before_training(data: InstructionDataModule, tmp_path: Path) -> None:

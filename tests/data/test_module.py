@@ -148,6 +148,7 @@ def test_local_datasets(tmp_path: Path) -> None:
     [
         ([{"instruction": "a", "output": "b"}, '{"instruction": '], r"a\.jsonl, line 2 is no JSON"),
         (["[1]"], r"a\.jsonl, line 1 is no JSON object"),
+        (['{"instruction": "\\ud800", "output": "b"}'], r"a\.jsonl, line 1 is no JSON in UTF-8 \(.*surrogates"),
         ([{"instruction": "a", "response": "b"}], r"line 1 has no field 'output', only instruction, response"),
         ([{"instruction": "a", "output": 3}], r"the field 'output' is no text but 3"),
         ([{"instruction": "a", "output": " "}], r"has no usable pair left among 1"),
