@@ -254,12 +254,12 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         )
         return get_peft_model(model, config)
     except ValueError as error:
-        matrices = [name for name, weight in model.named_parameters() if weight.dim() == 2]
-        layers = {name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
         reason = str(error).split(". ")[0].splitlines()[0]
-        raise UsageError(
-            f"model.lora: {reason}; set target_modules, the layers are {', '.join(sorted(layers))}."
-        ) from error
+        if "target" in reason.lower():
+            matrices = [name for name, weight in model.named_parameters() if weight.dim() == 2]
+            layers = {name.removesuffix(".weight").rpartition(".")[2] for name in matrices}
+            reason += f"; set target_modules, the layers are {', '.join(sorted(layers))}"
+        raise UsageError(f"model.lora: {reason}.") from error
 
 
 def name_of(source: nn.Module | Mapping[str, Any] | str | None) -> str | None:

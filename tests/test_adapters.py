@@ -99,6 +99,8 @@ def test_what_cannot_be_adapted_or_exported_says_so(
         UsageError, match=r"modules .*q_proj.* not found.*; set target_modules, the layers are c_attn, c_fc, c_proj, "
     ):
         adapted(folder, lora=LoraSettings(target_modules=["q_proj"]))
+    with pytest.raises(UsageError, match=r"positive integer value but the value passed is 0\."):
+        adapted(folder, lora=LoraSettings(rank=0))
     with pytest.raises(UsageError, match=r"model\.lora adapts transformers models, not a Bigram"):
         adapted(Bigram())
     monkeypatch.setitem(sys.modules, "peft", None)
