@@ -57,7 +57,7 @@ class DistillationSummary(ModelSummary):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the results."""
         if self._results is not None and trainer.is_global_zero:
-            get_console().print(self._results, *checkpoints(trainer), sep="\n", soft_wrap=True)
+            get_console().print(self._results, *checkpoints(trainer), sep="\n", soft_wrap=True, markup=False)
         self._results = None
 
 
@@ -121,7 +121,10 @@ def checkpoints(trainer: Trainer) -> list[str]:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
-        best, last = (path and os.path.relpath(path) for path in (callback.best_model_path, callback.last_model_path))
+        best, last = (
+            os.path.relpath(path) if os.path.isabs(path) else path  # s3://...
+            for path in (callback.best_model_path, callback.last_model_path)
+        )
         if callback.monitor and callback.best_model_score is not None:
             found.append(f"best {callback.monitor} {callback.best_model_score:.4f}: {best}")
         elif best and not last:  # ModelCheckpoint's own default keeps the last one as the best

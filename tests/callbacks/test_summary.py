@@ -25,7 +25,8 @@ def test_models_before_and_results_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    best, last = ModelCheckpoint("best", monitor="val/fkl"), LastCheckpoint("last")
+    # A folder's name may look like rich's markup.
+    best, last = ModelCheckpoint("[b]best", monitor="val/fkl"), LastCheckpoint("last")
     settings = {**QUIET, "enable_checkpointing": True, "enable_model_summary": True}
     student, teacher = gpt2(16), gpt2(24)
     student.transformer.wpe.requires_grad_(False)
@@ -43,7 +44,7 @@ def test_models_before_and_results_after(
         train, val = (f"{trainer.callback_metrics[f'{stage}/{name}']:.4f}" for stage in ("train", "val"))
         assert f" {figure} {train} {val}" in output
     assert output.index("compression") < output.index("Trained") < output.index("head error")
-    assert f"best val/fkl {best.best_model_score:.4f}: best/{Path(best.best_model_path).name}" in output
+    assert f"best val/fkl {best.best_model_score:.4f}: [b]best/{Path(best.best_model_path).name}" in output
     assert "last checkpoint: last/last.ckpt" in output
 
 
