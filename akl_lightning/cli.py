@@ -12,6 +12,7 @@ from typing import Any
 import shtab
 from jsonargparse import Namespace, capture_parser, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -85,11 +86,15 @@ class InstructionCLI(LightningCLI):
                 config.model[role] = {"vocab_size": len(tokenizer), **ids, **model}
 
     def instantiate_classes(self) -> None:
-        """Say in one sentence what is missing, such as the package of a logger."""
+        """Say in one sentence what a class does not accept or lacks, such as the package of a logger."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if not str(error).startswith("Does not validate"):  # jsonargparse on what a class has raised
+            # What the class has raised, behind what jsonargparse says of it; a bug in it is shown as it is.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
                 raise
             raise UsageError(one_sentence(str(error))) from error
 
@@ -120,32 +125,33 @@ class DistillationCLI(InstructionCLI):
         super().__init__(DistillationModule, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none.
-
-        Add the pack's progress bar and summary, where the user has not chosen others or none.
-        """
+        """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none."""
         super().before_instantiate_classes()
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
-        self.trainer_defaults["callbacks"] = [
-            *self.trainer_defaults.get("callbacks", []),
-            *_progress_and_summary(config.trainer),
-        ]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the pack's progress bar and summary, where the user has not chosen others or none."""
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+        more = _progress_and_summary(config.trainer)
+        self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), *more]
+        return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning lets what a checkpoint remembers beat the flags that are given."""
 
 
 def _progress_and_summary(settings: Namespace) -> list[Callback]:
-    given = settings.callbacks or []
-    given = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
+    given = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
     callbacks: list[Callback] = []
-    if settings.enable_progress_bar is not False and not any(path.endswith("ProgressBar") for path in given):
-        callbacks.append(DistillationProgressBar())
-    if settings.enable_model_summary is not False and not any(path.endswith("Summary") for path in given):
-        callbacks.append(DistillationSummary())
+    for callback, kind, wanted in (
+        (DistillationProgressBar(), ProgressBar, settings.enable_progress_bar),
+        (DistillationSummary(), ModelSummary, settings.enable_model_summary),
+    ):
+        if wanted is not False and not settings.barebones and not any(isinstance(each, kind) for each in given):
+            callbacks.append(callback)
     return callbacks
 
 

@@ -21,12 +21,12 @@ class OneSentenceParser(LightningArgumentParser):
         return re.sub(r",\s+known\s+subclasses:[^()]{2000,}(?=\))", "", super().format_help(*args))
 
     def parse_args(self, args: Any = None, *more: Any, **settings: Any) -> Any:
-        """Name a configuration file that cannot be read, which jsonargparse does not."""
-        words = sys.argv[1:] if args is None else list(args)
+        """Name a ``--config`` that cannot be read, which jsonargparse does not."""
+        words = [part for word in (sys.argv[1:] if args is None else args) for part in word.split("=", 1)]
         for option, value in pairwise(words):
             if option in ("--config", "-c") and Path(value).is_file():
                 try:
-                    yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+                    yaml.compose(Path(value).read_text(encoding="utf-8"), yaml.SafeLoader)
                 except (UnicodeDecodeError, yaml.YAMLError) as error:
                     self.error(f"{value} is no YAML: {error}")
         return super().parse_args(args, *more, **settings)
@@ -35,11 +35,12 @@ class OneSentenceParser(LightningArgumentParser):
         """Print the mistake and the way out, and exit with code 2."""
         if not self.exit_on_error:  # jsonargparse tries one type after another and catches what does not fit
             super().error(message, ex)
-        # A key may stand behind a flag that is spelled wrongly.
-        message = re.sub(r"(?i)(--[\w-]*key[\w-]*[ =]+)\S+", r"\1[key]", one_sentence(message))
-        options = self._option_string_actions
-        if unknown := re.match(r"unrecognized arguments: (--[\w.]+)", message):
-            message += "".join(f"; did you mean {name}?" for name in get_close_matches(unknown[1], options, 1))
+        message = one_sentence(message)
+        if unknown := re.findall(r"(?<= )-[^\s=]+", message) if message.startswith("unrecognized arguments:") else []:
+            # Without what stands behind them, which may be a key.
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            close = get_close_matches(unknown[0], self._option_string_actions, 1)
+            message += "".join(f"; did you mean {name}?" for name in close)
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
         raise SystemExit(2) from ex
 
@@ -62,13 +63,17 @@ def one_sentence(message: str) -> str:
         return " ".join(message.split())
     key, body = ("", message) if stated is None else (stated[1], stated[2])
     reasons = _reasons(body)
-    # The first type is the one that was meant, but that a class may be given by its name alone.
-    problem = re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", reasons[0], re.S)
-    cls, reason = (problem[1], problem[2]) if problem else ("", reasons[0])
+    # The first type is the one that was meant, but that a class may be given by its name alone; with options, a class.
+    options = re.search(r"Given value: (Namespace|NestedArg)\(", body)
+    reason = next((each for each in reasons if options and not each.startswith("Expected a ")), reasons[0])
+    cls = re.findall(r"class_path='([\w.]+)'|$", reason if "class_path='" in reason else body)[0]
+    if problem := re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", reason, re.S):
+        cls, reason = problem[1], problem[2]
+    reason = re.sub(r"Type typing\.Callable.* expects a function or a callable class: ", "", reason)
     if nested := re.search(r'Parser key ".*', reason if problem else body, re.S):
-        return f"{key}.{one_sentence(nested[0])}"
+        return f"{key}.{one_sentence(nested[0]).removeprefix(f'{key}.')}"
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
-        name = (cls or re.findall(r"class_path='([\w.]+)'|$", reason)[0]).rpartition(".")[2]
+        name = cls.rpartition(".")[2]
         return f"{key}: {name} has no option {option[1]}; --{key}.help {name} lists those it has."
     expected = [_readable(what) for each in reasons for what in re.findall(r"Expected a (.*)", each)]
     value = re.search(r"(?:Got value|import path string): (.*)", reason) or re.search(r"Given value: (.*)", body)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import RichProgressBar
 from transformers import AutoTokenizer
 
 from akl_lightning import callbacks
@@ -107,12 +109,25 @@ def test_the_writers_take_the_tokenizer_of_their_model(folder: Path, monkeypatch
     assert json.loads((folder / "answers.jsonl").read_text().splitlines()[0])["prompt"]
 
 
+class Bar(RichProgressBar):
+    """A progress bar of a user's own."""
+
+
+class Broken(Callback):
+    """A user's class with a bug."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = {}["scale"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
         ([], True),
         (["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"], False),
         (["--trainer.callbacks+=RichProgressBar", "--trainer.callbacks+=RichModelSummary"], False),
+        (["--trainer.callbacks+=tests.test_command_line.Bar", "--trainer.enable_model_summary", "false"], False),
+        (["--trainer.barebones", "true"], False),
     ],
 )
 def test_a_run_shows_progress_and_models_unless_told_otherwise(
@@ -141,7 +156,7 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     [
         (
             ["--trainer.prcision", "32"],
-            "unrecognized arguments: --trainer.prcision 32; did you mean --trainer.precision?",
+            "unrecognized arguments: --trainer.prcision; did you mean --trainer.precision?",
         ),
         (["--trainer.max_epochs", "three"], "trainer.max_epochs: expected int or null, got 'three'."),
         (
@@ -175,11 +190,22 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             "every_n_steps must be 1 or more, got 0.",
         ),
         (["--model.lr_scheduler", "cosin"], "expected constant, constant_with_warmup, linear, cosine or the name of a"),
+        (
+            ["--model.lr_scheduler", "StepLR"],
+            "torch.optim.lr_scheduler.StepLR: the following arguments are required: st",
+        ),
+        (
+            ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.foo", "1"],
+            "trainer.strategy: FSDP2Strategy has no option foo; --trainer.strategy.help FSDP2Strategy lists",
+        ),
+        (["--model.criterion", "{alpha: x}"], "model.criterion.alpha: expected float, got 'x'."),
         (["--model.lora.rank", "x"], "model.lora.rank: expected int, got 'x'."),
         (["--config", "none.yaml"], "File does not exist: "),
         (["--config", "broken.yaml"], "broken.yaml is no YAML: while parsing a flow"),
+        (["--config=broken.yaml"], "broken.yaml is no YAML: while parsing a flow"),
+        (["--config", "date.yaml"], "data.validation_size: expected int or float, got '2020-99-99'."),
         (["--config", "binary.yaml"], "binary.yaml is no YAML: 'utf-8' codec can't decode byte 0xff"),
-        (["--data.source.path", "binary.yaml"], "binary.yaml, line 1 is no JSON ('utf-8' codec can't decode"),
+        (["--data.source.path", "binary.yaml"], "binary.yaml, line 1 is no JSON in UTF-8 ('utf-8' codec can't decode"),
         (["--trainer.logger", "CometLogger"], "CometLogger: Requirement 'comet-ml"),
     ],
 )
@@ -191,11 +217,18 @@ def test_a_mistake_is_one_sentence(
     message: str,
 ) -> None:
     (folder / "broken.yaml").write_text("model: [")
+    (folder / "date.yaml").write_text("data: {validation_size: 2020-99-99}")
     (folder / "binary.yaml").write_bytes(b"\xff\x00\xfe")
     assert akl(monkeypatch, "fit", *RUN, *arguments) == 2
     said = capsys.readouterr().err.split("error: ")[1].removesuffix("(--help lists the options)\n").strip()
     assert message in said and "\n" not in said
     assert not list(folder.rglob("*.ckpt"))
+
+
+def test_a_bug_in_a_class_of_the_users_own_is_not_hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError) as caught:
+        akl(monkeypatch, "fit", *RUN, "--trainer.callbacks+=tests.test_command_line.Broken")
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_help_knows_all_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,7 +203,7 @@ def test_the_command_with_all_of_it_from_the_environment(
     captured = [captured, capfd.readouterr()]
     assert run("--api-key", KEY) == 2 and run(f"--apikey={KEY}") == 2
     captured.append(capfd.readouterr())
-    assert "[key]" in captured[1].out and "[key]" in captured[2].err
+    assert "[key]" in captured[1].out and "--api-key; did you mean --api_key?" in captured[2].err
     texts = [text for one in captured for text in (one.out, one.err)]
     texts += [path.read_text() for path in (tmp_path / "judge").iterdir()]
     texts += [repr(endpoint(server)), str(endpoint(server)), repr(vars(endpoint(server)))]
