@@ -402,8 +402,16 @@ class DistillationModule(LightningModule):
     # Optimization
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all trainable parameters, and its schedule."""
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        """The optimizer over all trainable parameters, and its schedule.
+
+        Raises:
+            UsageError: the optimizer does not accept one of its arguments.
+        """
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            optimizer = self.optimizer(parameters)
+        except ValueError as error:
+            raise UsageError(f"model.optimizer does not accept an argument: {error}; give another value.") from error
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr

@@ -180,6 +180,7 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             ["--model.optimizer", "AdamW", "--model.optimizer.lrr", "1"],
             "model.optimizer: AdamW has no option lrr; --mod",
         ),
+        (["--model.optimizer.lr", "-1"], "model.optimizer does not accept an argument: Invalid learning rate: -1.0"),
         (["--model.optimizer.lr", "x"], "model.optimizer.lr: expected float or the name of a class, got 'x'."),
         (["--model.criterion.divergence", "mine.Own"], "mine.Own: No module named 'mine'; PYTHONPATH=. lets one of"),
         (["--model.criterion.divergence", "json.Own"], "json.Own: module 'json' has no attribute 'Own'"),

@@ -19,7 +19,7 @@ class DistillationProgressBar(RichProgressBar):
     """Lightning's Rich progress bar with loss, mean head weight and tokens per second of all devices.
 
     Tokens are those of prompts and responses, without padding. The numbers are read twice a second at most, as reading
-    waits for the device, and are over the batches since.
+    waits for the device, and at the end of an epoch; they are over the batches since.
 
     Args:
         refresh_rate: times a second that the bar is drawn; 0 for no bar.
@@ -77,7 +77,7 @@ class DistillationProgressBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands beside the bar: ``loss``, ``head weight``, ``tokens/s``, and what else asked to be there."""
         seconds = self._until - self._since
-        if not self._sums or (self._shown and seconds < _LOOK_EVERY_SECONDS):
+        if not self._sums or (self._shown and seconds < _LOOK_EVERY_SECONDS and not trainer.is_last_batch):
             return self._shown
         tokens, weight = torch.stack(self._sums).sum(0).tolist()
         shown = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

@@ -137,9 +137,11 @@ class InstructionDataModule(LightningDataModule):
         """
         longest = max(self.splits[split]["prompt_length"], default=0)
         if positions and longest + max_new_tokens > positions:
+            room = positions - longest
+            way_out = f"lower {setting} to {room}" if room > 0 else "lower data.max_prompt_length"
             raise UsageError(
                 f"the longest {split} prompt, {longest} tokens, and an answer of {setting} = {max_new_tokens} are "
-                f"beyond the {positions} positions of the model: lower data.max_prompt_length or {setting}."
+                f"beyond the {positions} positions of the model: {way_out}."
             )
 
     def _tokenize(self, split: str, pairs: list[Pair]) -> datasets.Dataset:

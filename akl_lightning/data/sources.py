@@ -202,7 +202,9 @@ class JsonLines(Source):
             record = json.loads(line.decode("utf-8-sig"))
             json.dumps(record, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text
         except ValueError as error:
-            raise UsageError(f"{where} is no JSON in UTF-8 ({error}): mend or remove the line.") from error
+            raise UsageError(
+                f"{where} is no JSON in UTF-8 ({error}): mend or remove the line; each is an object of its own."
+            ) from error
         if not isinstance(record, dict):
             raise UsageError(f"{where} is no JSON object but {str(record)[:40]!r}: mend or remove the line.")
         return _pair(record, self.fields, where)

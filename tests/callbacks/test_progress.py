@@ -51,6 +51,18 @@ def test_loss_weight_and_speed_stand_beside_the_bar(
     assert re.search(r"7/7 .* loss: \d.* head weight: 0\.\d+ tokens/s: \d+", drawn)
 
 
+def test_the_end_of_an_epoch_is_shown_however_fast_it_was(
+    data: InstructionDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LOOK_EVERY_SECONDS", 1e9)
+    bar = Recorder()
+    trainer = Trainer(**LOUD, max_epochs=2, callbacks=[bar])
+    trainer.fit(DistillationModule(gpt2(16), gpt2(24)), data)
+    first, *between, end = bar.seen[7:]
+    assert all(shown == first for shown in between), "read at the end of the epoch before"
+    assert end["loss"] == pytest.approx(trainer.callback_metrics["train/loss_step"].item()) != first["loss"]
+
+
 def test_without_a_teacher_there_is_no_weight(data: InstructionDataModule) -> None:
     bar = Recorder()
     trainer = Trainer(**LOUD, max_epochs=1, callbacks=[bar])

@@ -188,7 +188,7 @@ def test_bad_decoding(wrong: dict[str, Any], message: str) -> None:
 def test_bad_input(data: InstructionDataModule, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
-        match=r"decoding.max_new_tokens = 100 are beyond the 64 positions of the model",
+        match=r"new_tokens = 100 are beyond the 64 positions of the model: lower decoding.max_new_tokens to \d+\.",
     ):
         write(data, tmp_path / "a.jsonl", Decoding(max_new_tokens=100))
     with pytest.raises(UsageError, match=r"cannot write .*/proc"):
