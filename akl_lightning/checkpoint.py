@@ -156,8 +156,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if checkpoint is None:
             others = sorted(Path(path).parent.glob("*.ckpt"), key=_written, reverse=True)
             good = next((other for other in others if other != Path(path) and _read(other)[0] is not None), None)
-            way_out = "give another one" if good is None else f"go on from {good}, which is complete"
-            raise UsageError(f"{path} {fault}: {way_out}.")
+            way_out = "give another ckpt_path" if good is None else f"go on from {good}, which is complete"
+            raise UsageError(f"the checkpoint {path} {fault}: {way_out}.")
         return checkpoint
 
 

@@ -350,7 +350,10 @@ def split_pairs(
             splits[split] = train[used : used + number]
             used += number
     if used >= count:
-        raise UsageError(f"{used} validation and test samples leave none of {count} to train on: ask for fewer.")
+        raise UsageError(
+            f"{used} validation and test samples leave none of {count} to train on: lower data.validation_size and "
+            f"data.test_size, here {validation_size} and {test_size}."
+        )
     held_out = set(train[:used])
     splits["train"] = [pair for pair in splits["train"] if pair not in held_out]
     return splits

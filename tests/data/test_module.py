@@ -86,7 +86,9 @@ def test_the_split_depends_on_names_alone() -> None:
     assert {split: len(members) for split, members in one.items()} == {"train": 85, "validation": 10, "test": 5}
     given = split_pairs({"train": pairs[:90], "validation": pairs[90:]}, 50, 0)
     assert len(given["train"]) == 90 and len(given["validation"]) == 10 and not given["test"]
-    with pytest.raises(UsageError, match="leave none of 100 to train on"):
+    with pytest.raises(
+        UsageError, match=r"leave none of 100 to train on: lower data.validation_size and data.test_size, here"
+    ):
         split_pairs({"train": pairs}, 60, 40)
 
 
