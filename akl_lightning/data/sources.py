@@ -190,24 +190,37 @@ class JsonLines(Source):
     def _read(self, path: Path, split: str) -> list[Pair]:
         if not path.is_file():
             raise UsageError(f"there is no file {path}: give data.source.path the path of a JSON Lines file.")
-        pairs = []
-        with path.open("rb") as lines:
-            for number, line in enumerate(tqdm(lines, desc=f"Reading {path.name}", unit="line", leave=False), 1):
-                if line.strip():
-                    pairs.append(self._pair(line, f"{path}, line {number}"))
+        pairs = [self._pair(record, where) for record, where in json_lines(path)]
         return _usable(pairs, str(path), split)
 
-    def _pair(self, line: bytes, where: str) -> Pair:
+    def _pair(self, record: dict[str, Any], where: str) -> Pair:
         try:
-            record = json.loads(line.decode("utf-8-sig"))
-            json.dumps(record, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text
-        except ValueError as error:
-            raise UsageError(
-                f"{where} is no JSON in UTF-8 ({error}): mend or remove the line; each is an object of its own."
-            ) from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{where} is no JSON object but {str(record)[:40]!r}: mend or remove the line.")
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text that could be tokenized
+            raise UsageError(f"{where} is no JSON in UTF-8 ({error}): mend or remove the line.") from error
         return _pair(record, self.fields, where)
+
+
+def json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a JSON Lines file, each with its place in words.
+
+    Raises:
+        UsageError: a line is no JSON object.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(tqdm(lines, desc=f"Reading {path.name}", unit="line", leave=False), 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f"{where} is no JSON in UTF-8 ({error}): mend or remove the line; each is an object of its own."
+                ) from error
+            if not isinstance(record, dict):
+                raise UsageError(f"{where} is no JSON object but {str(record)[:40]!r}: mend or remove the line.")
+            yield record, where
 
 
 class HubDataset(Source):

@@ -27,6 +27,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from akl_lightning.checkpoint import atomic_file, free_path
+from akl_lightning.data.sources import json_lines
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.chat import ChatEndpoint, Messages, Outcome, Reply, ReplyFile
 
@@ -171,26 +172,17 @@ def answers_by_prompt(path: Path) -> dict[Prompt, str]:
         raise UsageError(f"there is no file {path}: give the JSON Lines file of a model's answers.")
     answers: dict[Prompt, str] = {}
     seen: Counter[tuple[Any, ...]] = Counter()
-    with path.open("rb") as lines:
-        for number, line in enumerate(tqdm(lines, desc=f"Reading {path.name}", unit="line", leave=False), 1):
-            if not line.strip():
-                continue
-            instruction, input, seed, answer = _fields(line, f"{path}, line {number}")
-            same = (instruction, input, seed)
-            answers[(*same, seen[same])] = answer
-            seen[same] += 1
+    for record, where in json_lines(path):
+        instruction, input, seed, answer = _fields(record, where)
+        same = (instruction, input, seed)
+        answers[(*same, seen[same])] = answer
+        seen[same] += 1
     if not answers:
         raise UsageError(f"{path} holds no answer: give the JSON Lines file of a model's answers.")
     return answers
 
 
-def _fields(line: bytes, where: str) -> tuple[str, str, int | None, str]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is no JSON ({error}): mend or remove the line.") from error
-    if not isinstance(record, dict):
-        raise UsageError(f"{where} is no JSON object: mend or remove the line.")
+def _fields(record: dict[str, Any], where: str) -> tuple[str, str, int | None, str]:
     texts = [record.get("instruction"), record.get("input", ""), record.get("answer")]
     for name, text in zip(("instruction", "input", "answer"), texts, strict=True):
         if not isinstance(text, str):
