@@ -12,6 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from akl_lightning.divergences import known_divergences
 
+CLASS = "the name of a class"
+
 
 class OneSentenceParser(LightningArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
@@ -36,7 +38,7 @@ class OneSentenceParser(LightningArgumentParser):
         if not self.exit_on_error:  # jsonargparse tries one type after another and catches what does not fit
             super().error(message, ex)
         message = one_sentence(message)
-        if unknown := re.findall(r"(?<= )-[^\s=]+", message) if message.startswith("unrecognized arguments:") else []:
+        if message.startswith("unrecognized arguments:") and (unknown := re.findall(r"(?<= )-[^\s=]+", message)):
             # Without what stands behind them, which may be a key.
             message = f"unrecognized arguments: {' '.join(unknown)}"
             close = get_close_matches(unknown[0], self._option_string_actions, 1)
@@ -93,9 +95,6 @@ def _reasons(body: str) -> list[str]:
     bullet = re.search(r"^ *- ", text, re.M)
     reasons = [text] if bullet is None else re.split(rf"^{bullet[0]}", text, flags=re.M)[1:]
     return [reason.strip() for reason in reasons if not reason.startswith("Expected a path")] or [text.strip()]
-
-
-CLASS = "the name of a class"
 
 
 def _readable(what: str) -> str:

@@ -103,7 +103,7 @@ class RunCLI(DistillationCLI):
                 LastCheckpoint(run / "checkpoints", every_n_steps=50),
             ]
         # The last one writes last.ckpt, and is to know what the others have kept.
-        self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), *callbacks]
+        self.trainer_defaults["callbacks"] = callbacks
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard, in the folder."""

@@ -55,7 +55,8 @@ class AnswerEvaluation(Callback):
             return
         if not isinstance(pl_module, DistillationModule):
             raise UsageError("AnswerEvaluation needs a DistillationModule: remove the callback.")
-        _check_answers_fit(_data(trainer), "test", self.decoding, pl_module.student.max_positions)
+        positions = pl_module.student.max_positions
+        _data(trainer).check_answers_fit("test", "decoding.max_new_tokens", self.decoding.max_new_tokens, positions)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for answers that are there already."""
@@ -109,10 +110,6 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
     return figures | diversity([[record["answer"] for record in group] for group in answers])
 
 
-def _check_answers_fit(data: InstructionDataModule, split: str, decoding: Decoding, positions: int | None) -> None:
-    data.check_answers_fit(split, "decoding.max_new_tokens", decoding.max_new_tokens, positions)
-
-
 def _data(trainer: Trainer) -> InstructionDataModule:
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, InstructionDataModule):
@@ -157,7 +154,8 @@ class AnswerWriter(LightningModule):
         if self._tokenizer is not None:
             check_same_vocabulary(self._tokenizer, data.tokenizer, ("model", "data"))
         self.language_model.check_fits("model", data.tokenizer, None)
-        _check_answers_fit(data, data.predict_split, self.decoding, self.language_model.max_positions)
+        positions = self.language_model.max_positions
+        data.check_answers_fit(data.predict_split, "decoding.max_new_tokens", self.decoding.max_new_tokens, positions)
 
     def configure_model(self) -> None:
         """Read the weights."""
