@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from akl_lightning import functional as F
-from akl_lightning.chunked import Logits, project_and_compare
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.projection import Logits, project_and_compare
 
 STATISTICS = (
     "loss",

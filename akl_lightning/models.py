@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from akl_lightning.chunked import Logits, Projection
 from akl_lightning.errors import UsageError
 from akl_lightning.packing import pack
+from akl_lightning.projection import Logits, Projection
 
 Batch = Mapping[str, Any]
 Result = TypeVar("Result")

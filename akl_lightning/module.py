@@ -24,7 +24,6 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
-from akl_lightning.chunked import Logits, project_and_compare, rows_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import accumulated
@@ -42,6 +41,7 @@ from akl_lightning.models import (
     tokenizer_of,
 )
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
+from akl_lightning.projection import Logits, project_and_compare, rows_of
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache import CACHE_PREFIX, CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
@@ -294,7 +294,7 @@ class DistillationModule(LightningModule):
 
         Args:
             student: logits ``[tokens, vocab]`` or, of a model that splits into body and head, their
-                :class:`~akl_lightning.chunked.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
+                :class:`~akl_lightning.projection.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
             teacher: likewise, without gradient, live or from a cache; None without a teacher.
             labels: ``[tokens]``, the tokens of the data.
         """

@@ -32,7 +32,6 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from akl_lightning.chunked import Logits, Projection
 from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
@@ -41,6 +40,7 @@ from akl_lightning.divergences import AdaptiveKL
 from akl_lightning.errors import UsageError
 from akl_lightning.models import SplitModel, load_causal_lm, prune_layers
 from akl_lightning.module import DistillationModule
+from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.cache import CachedTeacher
 from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
 from akl_lightning.teachers.codecs import Int8, find_codec

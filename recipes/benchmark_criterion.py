@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from akl_lightning import functional as F
-from akl_lightning.chunked import Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import AdaptiveKL, ForwardKL
 from akl_lightning.errors import UsageError
 from akl_lightning.models import load_causal_lm, prune_layers
 from akl_lightning.module import DistillationModule
+from akl_lightning.projection import Projection
 
 HIDDEN = 576
 CHUNK_BYTES = 2**26  # the floor's chunks are as large as ours

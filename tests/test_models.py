@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
-from akl_lightning.chunked import Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
 from akl_lightning.models import SplitModel, load_causal_lm, prune_layers
+from akl_lightning.projection import Projection
 from tests.conftest import gpt2
 
 FAMILIES: dict[str, dict[str, Any]] = {

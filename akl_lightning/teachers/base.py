@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.chunked import Logits
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.models import Batch
+from akl_lightning.projection import Logits
 
 Result = TypeVar("Result")
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.chunked import Logits, Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch
+from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.base import Result, Teacher
 from akl_lightning.teachers.codecs import find_codec
 from akl_lightning.teachers.fingerprint import digest, template_digest, tokenizer_digests

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.auto import tqdm
 
 from akl_lightning.checkpoint import atomic_file
-from akl_lightning.chunked import Logits, Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch, Precision
 from akl_lightning.parallel import data_parallel_mesh
+from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.cache import (
     FORMAT,
     HEAD,

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.chunked import Logits
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch, Precision, SplitModel, load_causal_lm, outline_causal_lm
 from akl_lightning.parallel import load_sharded, shard
+from akl_lightning.projection import Logits
 from akl_lightning.teachers.base import Result, Teacher
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from akl_lightning.chunked import Projection, TopLogProbs
+from akl_lightning.projection import Projection, TopLogProbs
 
 _ROWS = 64
 """Tokens whose logits exist at a time."""

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from akl_lightning.chunked import Projection
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.divergences import (
     Divergence,
@@ -13,6 +12,7 @@ from akl_lightning.divergences import (
     TotalVariation,
     WeightedKL,
 )
+from akl_lightning.projection import Projection
 from akl_lightning.teachers.top_k import decode_top_k, encode_top_k
 
 VOCAB, TOKENS, K = 40, 7, 5

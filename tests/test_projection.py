@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from akl_lightning import chunked
 from akl_lightning import functional as F
-from akl_lightning.chunked import Projection
+from akl_lightning import projection
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.divergences import (
     AdaptiveKL,
@@ -23,6 +22,7 @@ from akl_lightning.divergences import (
     WeightedKL,
 )
 from akl_lightning.errors import UsageError
+from akl_lightning.projection import Projection
 
 TOKENS, HIDDEN, VOCAB = 37, 24, 9001  # a vocabulary that is large enough for the search of the head by groups
 
@@ -413,13 +413,13 @@ def test_no_tensor_of_all_logits_exists(name: str) -> None:
 
 def test_the_default_chunk_is_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    real = chunked._Linear.prepare
+    real = projection._Linear.prepare
 
     def prepare(self: Any, buffer: Tensor) -> None:
         sizes.append(buffer.numel() * 4)
         real(self, buffer)
 
-    monkeypatch.setattr(chunked._Linear, "prepare", prepare)
+    monkeypatch.setattr(projection._Linear, "prepare", prepare)
     case = Case(tokens=8000, vocab=2500)
     case.run(DistillationCriterion())
     assert sizes and all(2**25 < size <= 2**26 for size in sizes)
