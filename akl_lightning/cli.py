@@ -19,16 +19,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # All of them, so that --trainer.callbacks knows them by their names.
 from akl_lightning.callbacks import DistillationProgressBar, DistillationSummary
 from akl_lightning.checkpoint import newest_checkpoint
+from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.evaluation.judge import judge
-from akl_lightning.models import load_tokenizer, name_of
+from akl_lightning.models.load import load_tokenizer
+from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parser import OneSentenceParser, one_sentence
-from akl_lightning.teachers.cache import CACHE_PREFIX
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
+from akl_lightning.teachers.cache.format import CACHE_PREFIX
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 LOST_PROCESSES = {
     "DataLoader worker": "a process that prepares batches died, often for want of memory: lower data.num_workers, and "
@@ -68,7 +70,7 @@ class InstructionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let ``--data.tokenizer`` be left out, and a shell complete a model as a folder."""
         parser.set_defaults({"data.tokenizer": ""})
-        for action in parser._actions:
+        for action in actions_of(parser):
             if action.dest in {f"model.{role}" for role in MODELS}:
                 # By its type it might be any module that torch has, with all of their arguments.
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
@@ -114,6 +116,7 @@ def _first_name(models: Iterable[Any]) -> str:
     raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
 
 
+@keeps_given_settings
 class DistillationCLI(InstructionCLI):
     """The Lightning CLI with the distillation module as ``--model``.
 
@@ -138,9 +141,6 @@ class DistillationCLI(InstructionCLI):
         more = _progress_and_summary(config.trainer)
         self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), *more]
         return super().instantiate_trainer(**kwargs)
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning lets what a checkpoint remembers beat the flags that are given."""
 
 
 def _progress_and_summary(settings: Namespace) -> list[Callback]:
@@ -241,8 +241,7 @@ class CommandCLI(DistillationCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Add the commands' own parsers."""
         super().setup_parser(*args, **kwargs)
-        subcommands = self.parser._subcommands_action
-        assert subcommands is not None, "Lightning has added its own"
+        subcommands = subcommands_of(self.parser)
         for name, command in COMMANDS.items():
             parser = capture_parser(command, [])
             subcommands.add_subcommand(name, parser, help=parser.description)

@@ -106,17 +106,18 @@ class DistillationCriterion(nn.Module):
         """Whether the loss depends on a teacher."""
         return self.alpha > 0
 
-    def response_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def response_positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Find the response positions, whose hidden states predict a labelled next token.
 
         Args:
             labels: ``[batch, length]``, not shifted; ``ignore_index`` where nothing is to be learnt.
 
         Returns:
-            Boolean positions ``[batch, length]`` and the labels that they predict, ``[tokens]``.
+            Indices of the positions in the flattened ``[batch, length]``, int64 ``[tokens]``, in order; and the labels
+            that they predict, ``[tokens]``.
         """
-        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
-        positions = following != self.ignore_index
+        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=self.ignore_index).flatten()
+        positions = (following != self.ignore_index).nonzero().squeeze(-1)
         return positions, following[positions]
 
     def forward(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:

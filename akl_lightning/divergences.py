@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from akl_lightning import functional as F
+from akl_lightning.compat import is_stand_in
 from akl_lightning.functional import HeadRule
 
 
@@ -223,6 +224,6 @@ def known_divergences() -> list[str]:
         cls = waiting.pop()
         waiting += cls.__subclasses__()
         # What jsonargparse makes of a default is a class of its own.
-        if not cls.__abstractmethods__ and not cls.__name__.startswith("LazyInstance_"):
+        if not cls.__abstractmethods__ and not is_stand_in(cls):
             names.add(cls.__name__)
     return sorted(names)

@@ -1,74 +1,62 @@
 """The LightningModule that users run or subclass."""
 
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities import apply_to_collection
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
+from akl_lightning.checkpoint import AtomicCheckpointIO
+from akl_lightning.checks import check_callbacks, check_run
+from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
-from akl_lightning.data.module import InstructionDataModule
-from akl_lightning.data.sampler import accumulated
+from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.functional import log_probs
 from akl_lightning.metrics import distillation_metrics
-from akl_lightning.models import (
-    Batch,
-    LoraSettings,
-    Precision,
-    SplitModel,
-    add_lora,
-    check_same_vocabulary,
-    load_causal_lm,
-    tokenizer_of,
-)
+from akl_lightning.models.load import Precision, load_causal_lm
+from akl_lightning.models.lora import LoraSettings, add_lora
+from akl_lightning.models.packing import pack
+from akl_lightning.models.split import Batch, SplitModel
+from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
+from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
 from akl_lightning.projection import Logits, project_and_compare, rows_of
+from akl_lightning.resume import Resume
 from akl_lightning.teachers.base import Teacher
-from akl_lightning.teachers.cache import CACHE_PREFIX, CachedTeacher
+from akl_lightning.teachers.cache.format import CACHE_PREFIX
+from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
-
-LOOK_EVERY_N_STEPS = 10
-"""Optimizer steps after which a loss that is NaN, or a request to stop, is noticed at the latest."""
+from akl_lightning.token_mean import StepMean
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
-class MicroBatch(NamedTuple):
-    """What is kept of a micro-batch until the optimizer steps."""
-
-    batch_idx: int
-    loss: Tensor
-    cross_entropy: Tensor
-    tokens: int
+BATCH_KEYS = ("input_ids", "attention_mask", "labels")
+"""What every batch has to hold."""
 
 
-class Step(NamedTuple):
-    """What is kept of an optimizer step until somebody looks at its loss."""
+class Response(NamedTuple):
+    """Where a batch's response tokens are predicted, and what they are."""
 
-    number: int
-    epoch: int
-    micro_batches: list[MicroBatch]
-    totals: Tensor
-    """Loss, cross entropy, response tokens and requests to stop, summed over micro-batches and ranks."""
+    positions: Tensor
+    """Indices into the flattened batch, ``[tokens]``, int64."""
+
+    labels: Tensor
+    """The tokens of the data there, ``[tokens]``."""
 
 
 class DistillationModule(LightningModule):
@@ -144,9 +132,9 @@ class DistillationModule(LightningModule):
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
         cached = isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
         models = {"teacher": None if cached else teacher, "student": student}
-        self._tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
-        if self._tokenizers["teacher"] and self._tokenizers["student"]:
-            check_same_vocabulary(self._tokenizers["teacher"], self._tokenizers["student"])
+        self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
+        if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
+            check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
         self.student = SplitModel(model if lora is None else add_lora(model, lora), packing)
         if compile:
@@ -172,9 +160,8 @@ class DistillationModule(LightningModule):
         self.lr: float | None = None
         """Learning rate of all parameter groups in place of the optimizer's own, or None; Lightning's finder sets it. A
         subclass that overrides :meth:`configure_optimizers` reads it there."""
-        self._window: list[MicroBatch] = []
-        self._unseen: list[Step] = []
-        self._random_states: list[dict[str, Any]] = []
+        self.step_mean = StepMean()
+        self.resume = Resume(self)
         self.stop_requested = False
         """Set it on any rank, from a signal handler too, to have :attr:`stop_agreed` on all of them soon."""
         self.stop_agreed = False
@@ -187,75 +174,39 @@ class DistillationModule(LightningModule):
             self.teacher.to(parameter.device)
         return self
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Checks before any work
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Add none, but refuse those that cannot work, before any of them is set up."""
-        data = getattr(self.trainer, "datamodule", None)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            name = type(callback).__name__
-            averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
-            if averages and isinstance(self.trainer.strategy, ModelParallelStrategy | FSDPStrategy):
-                raise UsageError(f"{name} cannot average a sharded student: use the strategy ddp, or remove it.")
-            if isinstance(callback, LearningRateFinder) and getattr(data, "group_by_length", False):
-                raise UsageError(
-                    f"{name} compares the summed losses of batches, which samples grouped by length set far apart: set "
-                    "data.group_by_length to false while it searches."
-                )
-        return []
-
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
-        if self.trainer.strategy.root_device.type == "mps":
-            raise UsageError("MPS has no float64, in which sums over tokens are kept: give trainer.accelerator cpu.")
+        check_callbacks(self.trainer)
+        check_run(self, stage)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":  # nothing of a fit that was broken off
-            self._window, self._unseen, self._random_states = [], [], []
+            self.step_mean.forget()
+            self.resume.forget()
             self.stop_requested = self.stop_agreed = False
             self.train_metrics.reset()
         if self.trainer.world_size > 1:  # torchmetrics has averaged over ranks what Lightning would like to
             warnings.filterwarnings("ignore", message=r".*self\.log\('(train|val|test)/.*sync_dist=True")
-        models: dict[str, SplitModel | Teacher] = {"student": self.student}
-        if self.teacher is not None:
-            models["teacher"] = self.teacher
-        data = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(data, "tokenizer", None)
-        sizes = {name: model.vocab_size for name, model in models.items() if model.vocab_size}
-        for name, model in models.items():
-            if tokenizer is not None and (own := self._tokenizers[name]) is not None:
-                check_same_vocabulary(own, tokenizer, (name, "data"))
-            model.check_fits(name, tokenizer, getattr(data, "max_length", None))
-        if stage == "predict" and isinstance(data, InstructionDataModule):
-            positions = self.student.max_positions
-            data.check_answers_fit(data.predict_split, "model.max_new_tokens", self.max_new_tokens, positions)
-        known = any(self._tokenizers.values()) or tokenizer is not None
-        if len(set(sizes.values())) > 1 and not known:
-            raise UsageError(
-                f"student and teacher have {sizes['student']} and {sizes['teacher']} outputs and no tokenizer tells "
-                f"whether token {min(sizes.values())} is padding: give models of one vocabulary, or a data module "
-                "with their tokenizer."
-            )
-        if self.teacher is not None:
-            self.teacher.check_run(stage, self.trainer, self.criterion)
+        # A data module need not have that hook.
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule` but")
 
     # No property named tokenizer, which subclasses like to set.
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The data module's, else the one that lies beside student or teacher, or None."""
-        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        return getattr(data, "tokenizer", None) or self._tokenizers["student"] or self._tokenizers["teacher"]
+        facts = facts_of_run(trainer_of(self))
+        return facts.tokenizer or self.model_tokenizers["student"] or self.model_tokenizers["teacher"]
 
     @property
     def in_step(self) -> bool:
         """Whether micro-batches have been accumulated that no optimizer step has used yet."""
-        return bool(self._window)
+        return len(self.step_mean) > 0
 
     def configure_model(self) -> None:
         """Read the teacher's weights; shard teacher and module where the strategy shards."""
-        strategy = None if self._trainer is None else self._trainer.strategy  # load_from_checkpoint has none
+        trainer = trainer_of(self)  # load_from_checkpoint has none
+        strategy = None if trainer is None else trainer.strategy
         mesh = data_parallel_mesh(strategy)
-        if self.teacher is not None and not (strategy and self.trainer.predicting):
+        if self.teacher is not None and not (trainer and trainer.predicting):
             self.teacher.load(mesh)
         if isinstance(strategy, FSDPStrategy):  # which wraps the module itself
             strategy.kwargs.setdefault("auto_wrap_policy", wrapping_policy(self.student.model))
@@ -274,20 +225,51 @@ class DistillationModule(LightningModule):
         """The student's logits ``[batch, length, vocab]``."""
         return self.student(batch)
 
-    def distill(self, batch: Batch) -> CriterionOutput:
-        """Compare student and teacher on a batch of ``input_ids``, ``attention_mask`` and ``labels``."""
-        for key in ("input_ids", "attention_mask", "labels"):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Find on the host what would have to be waited for on a GPU."""
+        complete = isinstance(batch, Mapping) and all(key in batch for key in BATCH_KEYS)
+        return self.prepare_batch(batch) if complete else batch
+
+    def prepare_batch(self, batch: Batch) -> dict[str, Any]:
+        """Add to a batch what is found from it on the host: a subclass with a transfer hook of its own calls it there.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+
+        Returns:
+            The batch with ``response``, its :class:`Response`; with ``packed`` where samples are packed; with what the
+            teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
+
+        Raises:
+            UsageError: one of the three is missing; the teacher's cache lacks a sample.
+        """
+        for key in BATCH_KEYS:
             if key not in batch:
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
-        positions, labels = self.criterion.response_labels(batch["labels"])
-        with_gradient = torch.is_grad_enabled()
+        response = Response(*self.criterion.response_positions(batch["labels"]))
+        prepared = {**batch, "response": response}
+        if self.student.packing:
+            prepared["packed"] = pack(batch)
+        return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
 
-        def beside(teacher: Logits | None) -> CriterionOutput:
-            with torch.set_grad_enabled(with_gradient):
-                return self.student(batch, positions, lambda student: self.compare(student, teacher, labels))
+    def distill(self, batch: Batch) -> CriterionOutput:
+        """Compare student and teacher on a batch of ``input_ids``, ``attention_mask`` and ``labels``.
 
-        # One inside the other, so that both heads' weights are at hand, gathered once, however they are sharded.
-        return beside(None) if self.teacher is None else self.teacher(batch, positions, beside)
+        In training it counts the response tokens, by which the gradients of the optimizer step are divided.
+        """
+        if "response" not in batch:
+            batch = self.prepare_batch(batch)
+        positions, labels = batch["response"]
+        try:
+            teacher = None if self.teacher is None else self.teacher(batch, positions)
+            student = self.student(batch, positions)
+            output = self.compare(student, teacher, labels)
+        finally:
+            if self.teacher is not None:
+                self.teacher.release()
+        if torch.is_grad_enabled() and (trainer := trainer_of(self)) is not None and trainer.training:
+            self.step_mean.add(trainer.fit_loop.batch_idx, output.loss, output.statistics["cross_entropy"])
+        return output
 
     def compare(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
         """What the response tokens of a batch cost; the place for a loss of one's own on hidden states.
@@ -319,7 +301,8 @@ class DistillationModule(LightningModule):
         if self.teacher is None:
             raise UsageError("the module has no teacher: give it one to compare the student with.")
         # A cache finds a sample by all of its response positions.
-        positions, labels = self.criterion.response_labels(batch["labels"])
+        batch = self.prepare_batch(batch)
+        positions, labels = batch["response"]
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, *_: Any) -> dict[str, Tensor]:
@@ -328,33 +311,27 @@ class DistillationModule(LightningModule):
             pairs.append((log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()))
             return {"loss": student.new_zeros(len(labels))}
 
-        def beside(teacher: Logits) -> None:
-            def compare(student: Logits) -> None:
-                project_and_compare(rows_of(student, tokens), rows_of(teacher, tokens), labels[tokens], keep)
-
-            self.student(batch, positions, compare)
-
-        self.teacher(batch, positions, beside)
-        student, teacher = (torch.cat(side) for side in zip(*pairs, strict=True))
-        return student, teacher
+        try:
+            teacher, student = self.teacher(batch, positions), self.student(batch, positions)
+            project_and_compare(rows_of(student, tokens), rows_of(teacher, tokens), labels[tokens], keep)
+        finally:
+            self.teacher.release()
+        of_student, of_teacher = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return of_student, of_teacher
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss (a sum over response tokens) and per-token statistics, which callbacks find in ``outputs``."""
-        output = self.distill(batch)
-        self.train_metrics.update(**output.statistics)
-        cross_entropy = output.statistics["cross_entropy"]
-        self._window.append(MicroBatch(batch_idx, output.loss.detach(), cross_entropy.sum(), cross_entropy.numel()))
-        return {"loss": output.loss, "statistics": output.statistics}
+        return self._step(batch, self.train_metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Feed the validation metrics; statistics as in :meth:`training_step`."""
-        return self._evaluation_step(batch, self.val_metrics)
+        return self._step(batch, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Feed the test metrics; statistics as in :meth:`training_step`."""
-        return self._evaluation_step(batch, self.test_metrics)
+        return self._step(batch, self.test_metrics)
 
-    def _evaluation_step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
+    def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
         metrics.update(**output.statistics)
         return {"loss": output.loss, "statistics": output.statistics}
@@ -364,7 +341,7 @@ class DistillationModule(LightningModule):
         return self.generate(batch, max_new_tokens=self.max_new_tokens)
 
     def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
-        """The student's answers; see :meth:`~akl_lightning.models.SplitModel.generate`."""
+        """The student's answers; see :meth:`~akl_lightning.models.split.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
         return self.student.generate(
             prompts, self.find_tokenizer(), **arguments, synced_gpus=isinstance(self, FSDPModule)
@@ -372,7 +349,7 @@ class DistillationModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""
-        self._look_at_losses()
+        self.step_mean.check(self)
         self._log_means(self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
@@ -407,37 +384,7 @@ class DistillationModule(LightningModule):
         Raises:
             UsageError: the optimizer does not accept one of its arguments.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            optimizer = self.optimizer(parameters)
-        except ValueError as error:
-            raise UsageError(f"model.optimizer does not accept an argument: {error}; give another value.") from error
-        if self.lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-        if isinstance(self.lr_scheduler, str):
-            steps = None if self.lr_scheduler.startswith("constant") else self._steps_of_run()
-            scheduler = get_scheduler(self.lr_scheduler, optimizer, self.warmup_steps, steps)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = scheduler.monitor
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _steps_of_run(self) -> int:
-        trainer = self.trainer
-        steps = trainer.estimated_stepping_batches  # which loads the data, and knows no GradientAccumulationScheduler
-        batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
-        if epochs > 0 and math.isfinite(batches):
-            counted = sum(math.ceil(batches / accumulated(trainer, epoch)) for epoch in range(epochs))
-            steps = counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
-        if not 0 <= steps < math.inf:
-            raise UsageError(
-                f"the schedule {self.lr_scheduler!r} spans the whole run, which has no end that is known: set "
-                "trainer.max_steps, or take lr_scheduler constant."
-            )
-        return int(steps)
+        return make_optimizer(self)
 
     def optimizer_step(
         self,
@@ -450,50 +397,11 @@ class DistillationModule(LightningModule):
 
         def closure() -> Any:
             loss = optimizer_closure() if optimizer_closure is not None else None
-            self._average_gradients()
+            mean = self.step_mean.average(self)
+            self.log("train/loss_step", mean, prog_bar=True, on_step=True, on_epoch=False)
             return loss
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-
-    def _average_gradients(self) -> None:
-        """Turn summed gradients into means over the tokens of the step: all its micro-batches, all ranks."""
-        window, self._window = self._window, []
-        losses = torch.stack([micro_batch.loss.double() for micro_batch in window]).sum()
-        cross_entropies = torch.stack([micro_batch.cross_entropy.double() for micro_batch in window]).sum()
-        tokens = losses.new_tensor(sum(micro_batch.tokens for micro_batch in window))
-        mine = torch.stack([losses, cross_entropies, tokens, losses.new_tensor(self.stop_requested)])
-        totals = self.trainer.strategy.reduce(mine, reduce_op="sum")
-        self._unseen.append(Step(self.trainer.global_step, self.current_epoch, window, totals))
-        # Looking waits for the device, which is not done at every step.
-        if totals.device.type == "cpu" or len(self._unseen) >= LOOK_EVERY_N_STEPS:
-            self._look_at_losses()
-        loss, tokens = totals[0], totals[2].clamp(min=1)
-        # Lightning has divided each loss by the micro-batches of a step, and DDP and FSDP the sum by the ranks.
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-        self.log("train/loss_step", (loss / tokens).float(), prog_bar=True, on_step=True, on_epoch=False)
-
-    def _look_at_losses(self) -> None:
-        """Stop where a loss was NaN. The sums are the same on all ranks, so none waits for one that has stopped."""
-        steps, self._unseen = self._unseen, []
-        for step in steps:
-            loss, cross_entropy, _, stop = step.totals.tolist()
-            self.stop_agreed |= stop > 0
-            if not math.isnan(loss):
-                continue
-            where = ", ".join(str(batch.batch_idx) for batch in step.micro_batches if batch.loss.isnan())
-            # Cross entropy knows no teacher.
-            culprit, advice = (
-                ("the student diverged", "look at that batch, lower the learning rate, or clip")
-                if math.isnan(cross_entropy)
-                else ("the teacher gives NaN", "look at that batch, or load the teacher in a wider precision")
-            )
-            raise UsageError(
-                f"the loss is NaN at optimizer step {step.number}, epoch {step.epoch}, batch "
-                f"{where or 'of another rank'}; {culprit}: {advice}."
-            )
 
     def configure_gradient_clipping(
         self,
@@ -509,43 +417,16 @@ class DistillationModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Checkpoints: what Lightning's own leave out
+    # Checkpoints
 
     def on_fit_start(self) -> None:
-        """Get ready for what is restored next: the place in the data, optimizer states by parameter names."""
-        # Whoever has asked for trainer.estimated_stepping_batches has made the Trainer load the data, and once it has,
-        # it forgets to restore where they were.
-        self.trainer.fit_loop._combined_loader = None
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self.lr is not None and any(isinstance(callback, LearningRateFinder) for callback in callbacks):
-            # The finder sets the optimizer's rate, and a schedule would set it back to what it was made with.
-            self.trainer.strategy.setup_optimizers(self.trainer)
-        if not isinstance(self.trainer.strategy, FSDPStrategy):  # which has its own way to gather them
-            for optimizer in self.trainer.optimizers:
-                key_by_name(optimizer, self)
+        """Get ready for what is restored next."""
+        self.resume.prepare()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's means so far, each rank's random numbers, and which teacher a cache stands for."""
-        self._look_at_losses()
-        if self.teacher is not None and self.teacher.fingerprint is not None:
-            checkpoint["teacher"] = self.teacher.fingerprint
-        if self.in_step:
-            rank_zero_warn(
-                f"checkpoint in the middle of an optimizer step: its {len(self._window)} micro-batches so far are "
-                "missing from a run that resumes there. Save after whole steps, as LastCheckpoint does."
-            )
-        checkpoint["dealt"] = self._dealt(self.current_epoch)
-        begun = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
-        checkpoint["within_epoch"] = begun and not self.trainer.is_last_batch
-        checkpoint["random_states"] = [random_states()]
-        if self.trainer.world_size > 1:
-            checkpoint["random_states"] *= self.trainer.world_size
-            torch.distributed.all_gather_object(checkpoint["random_states"], random_states())
-        checkpoint["train_metrics"] = {}
-        for name, metric in self.train_metrics.items(keep_base=True):
-            with metric.sync_context():
-                state = apply_to_collection(metric.metric_state, Tensor, Tensor.cpu)
-                checkpoint["train_metrics"][name] = state
+        self.step_mean.check(self)
+        self.resume.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the epoch's means; random numbers wait until training starts.
@@ -553,50 +434,14 @@ class DistillationModule(LightningModule):
         Raises:
             UsageError: the checkpoint is of another student, or of a run with the cache of another teacher.
         """
-        weights = checkpoint.get("state_dict")
-        if self._trainer is not None and self.strict_loading and weights is not None:
-            own, theirs = (
-                {name: getattr(value, "shape", None) for name, value in of.items()}
-                for of in (self.state_dict(), weights)
-            )
-            odd = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
-            if odd:
-                raise UsageError(
-                    f"the checkpoint is of another student, they differ in {odd[0].removeprefix('student.')}: give "
-                    "model.student as it was in that run, or another checkpoint."
-                )
-        ours = None if self.teacher is None else self.teacher.fingerprint
-        if ours is not None and checkpoint.get("teacher", ours) != ours:
-            raise UsageError(
-                "the checkpoint was trained with the cache of another teacher, its weights differ: give model.teacher "
-                "that cache, or start a new run."
-            )
-        if self._trainer is None or self._trainer.state.fn != "fit":
-            return
-        dealt = self._dealt(checkpoint["epoch"])
-        if checkpoint.get("within_epoch") and checkpoint.get("dealt", dealt) != dealt:
-            raise UsageError(
-                f"the checkpoint lies within an epoch whose samples were dealt to {checkpoint['dealt']}, not to "
-                f"{dealt}: go on with the same, or from a checkpoint at the end of an epoch."
-            )
-        # Lightning's finders try some steps before the run, and then go back to where they were.
-        self._window, self._unseen = [], []
-        self.train_metrics.reset()
-        self._random_states = checkpoint.get("random_states", [])
-        if self._trainer.is_global_zero:  # sums over ranks, so one of them has it all
-            for name, state in checkpoint.get("train_metrics", {}).items():
-                if name not in self.train_metrics:
-                    continue
-                metric = self.train_metrics[name]
-                metric.update()
-                metric.merge_state({key: value.to(metric.device) for key, value in state.items()})
+        trainer = trainer_of(self)
+        self.resume.check(checkpoint)
+        if trainer is not None and trainer.state.fn == "fit":
+            self.resume.load(checkpoint)
 
-    def _dealt(self, epoch: int) -> str:
-        data = getattr(self.trainer, "datamodule", None)
-        return (
-            f"{self.trainer.world_size} processes x {getattr(data, 'batch_size', '?')} samples x "
-            f"{accumulated(self.trainer, epoch)} accumulated"
-        )
+    def on_train_start(self) -> None:
+        """Go on with the accumulation and the random numbers of the run that is resumed."""
+        self.resume.start()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -608,10 +453,3 @@ class DistillationModule(LightningModule):
         if isinstance(checkpoint_path, str | Path):
             AtomicCheckpointIO().load_checkpoint(checkpoint_path, weights_only=weights_only)
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
-
-    def on_train_start(self) -> None:
-        """Go on with the accumulation and the random numbers of the run that is resumed."""
-        self.trainer.accumulate_grad_batches = accumulated(self.trainer, self.current_epoch)
-        if self.trainer.global_rank < len(self._random_states):
-            set_random_states(self._random_states[self.trainer.global_rank])
-        self._random_states = []

@@ -20,30 +20,32 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from akl_lightning.compat import mark_as_read, replicate_data_over_all
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Precision, decoder_layers, outline_causal_lm
+from akl_lightning.models.layers import decoder_layers
+from akl_lightning.models.load import Precision, outline_causal_lm
 
+T = TypeVar("T")
 Wrapped = TypeVar("Wrapped", bound=nn.Module)
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What can be read as it stands; narrower ones come with scales that a model class has to know."""
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module, release: bool = False) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module) -> None:
     """Shard every parameter over the devices of a mesh with FSDP2, in place.
 
-    Each decoder layer is gathered when its turn comes; all the rest, a head that is tied to the embedding included, is
-    gathered once per forward of ``model``.
+    Each decoder layer is gathered when its turn comes. All the rest, a head that is tied to the embedding included, is
+    gathered for a forward of ``model`` and stays at hand until its backward, or until ``model.reshard()``.
 
     Args:
         model: what is sharded; whose forward is called.
         mesh: one-dimensional.
         language_model: the part of it that may have decoder layers.
-        release: free what ``model`` itself has gathered right after its forward, not after the backward.
     """
     for layer in decoder_layers(language_model)[1]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=release)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def load_sharded(
@@ -64,7 +66,7 @@ def load_sharded(
         trust_remote_code: run Python code that comes with the model.
         role: what an error calls it.
         precision: of the weights.
-        attn_implementation: as for :func:`akl_lightning.models.load_causal_lm`.
+        attn_implementation: as for :func:`akl_lightning.models.load.load_causal_lm`.
 
     Returns:
         What ``wrap`` made; None where the weights are no plain safetensors under the model's own names.
@@ -93,15 +95,22 @@ def load_sharded(
     if others or len(plain) < len(stored) or not set(model.state_dict()) - tied <= plain:
         return None
     wrapped = wrap(model)
-    shard(wrapped, mesh, model, release=True)
+    shard(wrapped, mesh, model)
     model.to_empty(device=mesh.device_type)
     model.tie_weights()
     load({name: tensor for name, tensor in model.state_dict().items() if name in stored}, storage_reader=reader)
     # Buffers that no file holds (rotary frequencies) are computed; what has been read stays.
-    for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True
+    mark_as_read(model.state_dict(keep_vars=True).values())
     model.initialize_weights()
     return wrapped
+
+
+def gather_objects(trainer: Trainer, mine: T) -> list[T]:
+    """What each rank has, by rank; called on all of them."""
+    parts = [mine] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(parts, mine)
+    return parts
 
 
 def data_parallel_mesh(strategy: Strategy | None) -> DeviceMesh | None:
@@ -135,7 +144,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Let every device have samples of its own."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        replicate_data_over_all(self)
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from akl_lightning.compat import options_of
 from akl_lightning.divergences import known_divergences
 
 CLASS = "the name of a class"
@@ -41,7 +42,7 @@ class OneSentenceParser(LightningArgumentParser):
         if message.startswith("unrecognized arguments:") and (unknown := re.findall(r"(?<= )-[^\s=]+", message)):
             # Without what stands behind them, which may be a key.
             message = f"unrecognized arguments: {' '.join(unknown)}"
-            close = get_close_matches(unknown[0], self._option_string_actions, 1)
+            close = get_close_matches(unknown[0], options_of(self), 1)
             message += "".join(f"; did you mean {name}?" for name in close)
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
         raise SystemExit(2) from ex

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
+from akl_lightning.compat import has_forward_hooks
 from akl_lightning.errors import UsageError
 
 ChunkLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor, bool], dict[str, Tensor]]
@@ -193,7 +194,7 @@ def _inputs(logits: Tensor | Projection) -> tuple[Tensor, ...]:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    return type(head) is nn.Linear and not has_forward_hooks(head)
 
 
 def _side(logits: Logits, with_gradient: bool) -> "_Side":

@@ -30,7 +30,7 @@ from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache import CACHE_PREFIX
+from akl_lightning.teachers.cache.format import CACHE_PREFIX
 
 Found = TypeVar("Found", bound=Callback)
 

@@ -38,13 +38,15 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import Docstrings, JsonLines
 from akl_lightning.divergences import AdaptiveKL
 from akl_lightning.errors import UsageError
-from akl_lightning.models import SplitModel, load_causal_lm, prune_layers
+from akl_lightning.models.layers import prune_layers
+from akl_lightning.models.load import load_causal_lm
+from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Logits, Projection
-from akl_lightning.teachers.cache import CachedTeacher
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
-from akl_lightning.teachers.codecs import Int8, find_codec
-from akl_lightning.teachers.top_k import decode_top_k, encode_top_k
+from akl_lightning.teachers.cache.codecs import Int8, find_codec
+from akl_lightning.teachers.cache.reader import CachedTeacher
+from akl_lightning.teachers.cache.top_k import decode_top_k, encode_top_k
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 MIB = 2**20
 HELD_OUT = 64
@@ -155,7 +157,7 @@ def hidden_states(gguf: str, folder: str, count: int) -> dict[str, Any]:
     parts: dict[str, list[Tensor]] = {"student": [], "teacher": [], "labels": []}
     found = 0
     for batch in data.samples("train", batch_size=8):
-        positions, labels = criterion.response_labels(batch["labels"])
+        positions, labels = criterion.response_positions(batch["labels"])
         parts["labels"].append(labels)
         for name, model in models.items():
             parts[name].append(model.eval().projection(batch, positions).hidden)

@@ -36,7 +36,8 @@ from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import AdaptiveKL, ForwardKL
 from akl_lightning.errors import UsageError
-from akl_lightning.models import load_causal_lm, prune_layers
+from akl_lightning.models.layers import prune_layers
+from akl_lightning.models.load import load_causal_lm
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Projection
 

@@ -46,7 +46,7 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.evaluation.report import evaluate
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 RECIPES = Path(__file__).parent
 BASELINES = ("akl", "akl_within", "fkl", "rkl", "fkl_rkl", "jensen_shannon", "skew_fkl", "skew_rkl", "sft", "seqkd")

@@ -34,7 +34,8 @@ from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Pair
-from akl_lightning.models import SplitModel, load_causal_lm
+from akl_lightning.models.load import load_causal_lm
+from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
 from akl_lightning.runs import RunCLI, distill
 

@@ -18,7 +18,7 @@ from akl_lightning.cli import run_command
 from akl_lightning.criterion import CriterionOutput
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import Docstrings, JsonLines
-from akl_lightning.models import decoder_layers
+from akl_lightning.models.layers import decoder_layers
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Logits, Projection
 

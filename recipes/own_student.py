@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from akl_lightning.cli import run_command
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import Docstrings, JsonLines
-from akl_lightning.models import load_tokenizer
+from akl_lightning.models.load import load_tokenizer
 from akl_lightning.module import DistillationModule
 
 

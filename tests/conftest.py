@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 PAIRS = [
     {"instruction": f"Say {word}", "input": "", "output": f"{word} and {word} again" + " yes" * (index % 7)}

@@ -15,7 +15,7 @@ from akl_lightning.callbacks import StudentExport
 from akl_lightning.cli import main
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
-from akl_lightning.models import LoraSettings
+from akl_lightning.models.lora import LoraSettings
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.live import LiveTeacher
 from tests.conftest import QUIET, gpt2
@@ -168,7 +168,7 @@ def test_a_quantised_teacher(precision: Any, tmp_path: Path) -> None:
 
 
 def test_a_quantised_teacher_without_bitsandbytes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("akl_lightning.models.find_spec", lambda name: None)
+    monkeypatch.setattr("akl_lightning.models.load.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="4bit weights need bitsandbytes: pip install bitsandbytes accelerate"):
         DistillationModule(folder, folder, teacher_precision="4bit")
     with pytest.raises(UsageError, match="only a teacher in a folder or on the hub can be read in 4bit"):

@@ -24,7 +24,7 @@ from akl_lightning.checkpoint import (
 )
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
-from akl_lightning.models import load_causal_lm
+from akl_lightning.models.load import load_causal_lm
 from akl_lightning.module import DistillationModule
 from tests.conftest import QUIET, Bigram, gpt2
 from tests.distributed.training import prepare

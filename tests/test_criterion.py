@@ -80,8 +80,9 @@ def test_a_batch_without_response_tokens_adds_nothing() -> None:
 
 
 def test_response_positions_predict_the_labels() -> None:
-    positions, labels = DistillationCriterion().response_labels(torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]]))
-    assert positions.tolist() == [[False, True, True, False], [False, False, True, False]]
+    labels = torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]])
+    positions, labels = DistillationCriterion().response_positions(labels)
+    assert positions.tolist() == [1, 2, 4 + 2]
     assert labels.tolist() == [5, 6, 8]
 
 

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreT
 
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models import SplitModel, load_causal_lm, prune_layers
+from akl_lightning.models.layers import prune_layers
+from akl_lightning.models.load import load_causal_lm
+from akl_lightning.models.split import SplitModel
 from akl_lightning.projection import Projection
 from tests.conftest import gpt2
 
@@ -65,9 +67,9 @@ def batch() -> dict[str, Tensor]:
 
 def loss_and_gradients(model: SplitModel, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     criterion = DistillationCriterion(alpha=0.0, chunk_size=7)
-    positions, labels = criterion.response_labels(rows["labels"])
+    positions, labels = criterion.response_positions(rows["labels"])
     model.zero_grad()
-    loss = model(rows, positions, lambda student: criterion(student, None, labels)).loss
+    loss = criterion(model(rows, positions), None, labels).loss
     loss.backward()
     return loss, {
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
@@ -92,7 +94,7 @@ def test_body_and_head_are_the_model(family: str) -> None:
     expected = own_loss(model, rows)
     model.zero_grad()
     expected.backward()
-    assert isinstance(split(rows, positions=torch.ones_like(rows["labels"], dtype=torch.bool)), Projection)
+    assert isinstance(split(rows, positions=torch.arange(rows["labels"].numel())), Projection)
     assert torch.allclose(loss, expected, rtol=1e-5)
     for name, parameter in split.named_parameters():
         assert (gradients[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-6, name

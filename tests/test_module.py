@@ -15,6 +15,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import ForwardKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from akl_lightning.token_mean import StepMean
 from tests.conftest import QUIET, Bigram, gpt2
 
 SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.5)}
@@ -181,7 +182,9 @@ def test_a_nan_loss_stops_training_and_is_named() -> None:
                 # as if the student had given NaN
                 output["loss"] = output["loss"] * torch.nan
                 nan = output["loss"].detach()
-                self._window[-1] = self._window[-1]._replace(loss=nan, cross_entropy=nan)
+                self.step_mean._micro_batches[-1] = self.step_mean._micro_batches[-1]._replace(
+                    loss=nan, cross_entropy=nan
+                )
             return output
 
     module_ = Breaks(gpt2(16), gpt2(24), **SGD)
@@ -203,12 +206,13 @@ def test_a_teacher_that_gives_nan_is_told_from_a_student_that_diverges() -> None
 def test_losses_are_looked_at_every_step_on_a_cpu_and_at_the_end_of_an_epoch() -> None:
     looked = []
 
-    class Counts(DistillationModule):
-        def _look_at_losses(self) -> None:
-            looked.append(len(self._unseen))
-            super()._look_at_losses()
+    class Counts(StepMean):
+        def check(self, *args: Any, **kwargs: Any) -> None:
+            looked.append(len(self._unread))
+            super().check(*args, **kwargs)
 
-    module_ = Counts(gpt2(16), gpt2(24), **SGD)
+    module_ = DistillationModule(gpt2(16), gpt2(24), **SGD)
+    module_.step_mean = Counts()
     Trainer(**QUIET, max_epochs=1).fit(module_, loader([stack(samples())] * 3))
     assert looked == [1, 1, 1, 0]  # on the CPU at every step, and once more at the end of the epoch
 
@@ -523,7 +527,7 @@ def test_a_checkpoint_loaded_for_a_test_leaves_training_alone(tmp_path: Path, da
     trainer.fit(module_, data)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     Trainer(**QUIET).test(module_, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
-    assert module_._random_states == []
+    assert module_.resume._random_states == []
     assert all(metric.compute().isnan() for name, metric in module_.train_metrics.items() if "head_tail" not in name)
 
 
@@ -533,5 +537,7 @@ def test_a_checkpoint_within_an_epoch_wants_the_same_split(tmp_path: Path, data:
     trainer.fit(module_, data)
     trainer.save_checkpoint(tmp_path / "two steps.ckpt")
     data.batch_size = 2
-    with pytest.raises(UsageError, match=r"dealt to 1 processes x 4 samples x 1 accumulated, not to 1 processes x 2"):
+    with pytest.raises(
+        UsageError, match=r"4 samples per device × 1 device × 1 accumulated, not 2 samples per device × 1 device"
+    ):
         Trainer(**QUIET, max_steps=4).fit(module(), data, ckpt_path=tmp_path / "two steps.ckpt")

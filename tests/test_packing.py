@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
-from akl_lightning.models import SplitModel
+from akl_lightning.models.packing import pack
+from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
-from akl_lightning.packing import pack
 from tests.conftest import QUIET, Bigram, gpt2, write
 from tests.test_models import FAMILIES, build, loss_and_gradients
 

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from akl_lightning.callbacks.checks import require_logger, require_tokenizer
 from akl_lightning.callbacks.loggers import log_texts
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -52,7 +53,7 @@ class SampledAnswers(Callback):
                     f"SampledAnswers needs a student that can generate, {type(pl_module.student.model).__name__} has "
                     "no generate method: remove the callback."
                 )
-            data = getattr(trainer, "datamodule", None)
+            data = data_of(trainer)
             if isinstance(data, InstructionDataModule):
                 positions = pl_module.student.max_positions
                 data.check_answers_fit("validation", "model.max_new_tokens", pl_module.max_new_tokens, positions)

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from akl_lightning.callbacks.model_card import model_card
 from akl_lightning.checkpoint import atomic_folder, check_writable, free_path
+from akl_lightning.compat import new_model
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
@@ -180,7 +181,7 @@ def _merged(model: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
     from peft import get_peft_model
 
     base = model.get_base_model()
-    merged = type(base)._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+    merged = new_model(type(base), copy.deepcopy(base.config), base.dtype)
     (name, config), *others = copy.deepcopy(model.peft_config).items()
     merged = get_peft_model(merged, config, name)
     for other, config in others:

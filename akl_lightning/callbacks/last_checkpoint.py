@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from akl_lightning.compat import log_step_now
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
@@ -84,7 +85,7 @@ class LastCheckpoint(ModelCheckpoint):
         if self._due and not (pl_module.in_step or validates or ends):
             # Lightning logs this step only after this hook, and a run that goes on from here would not: it is logged
             # now as well, with the same values.
-            trainer._logger_connector.update_train_step_metrics()
+            log_step_now(trainer)
             self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

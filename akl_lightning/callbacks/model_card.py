@@ -7,6 +7,8 @@ from huggingface_hub import ModelCardData
 from lightning.pytorch import Trainer
 
 from akl_lightning.callbacks.summary import compression_ratio, in_order
+from akl_lightning.compat import is_stand_in
+from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.sources import Source
 from akl_lightning.divergences import Divergence
 from akl_lightning.module import DistillationModule
@@ -48,11 +50,11 @@ def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics
         metrics: of validation at that checkpoint, by name, or None where there was none.
     """
     criterion, teacher = module.criterion, module.teacher
-    data = getattr(trainer, "datamodule", None)
-    source = getattr(data, "source", None)
+    data, facts_of_data = data_of(trainer), facts_of_run(trainer)
+    source = facts_of_data.source
     parameters = sum(parameter.numel() for parameter in module.student.parameters())
     ratio = compression_ratio(module)
-    known = None if teacher is None else teacher.parameters
+    known = None if teacher is None else teacher.num_parameters
     facts = {
         "Teacher": "none"
         if teacher is None
@@ -64,9 +66,8 @@ def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics
         "Data": source.description if isinstance(source, Source) else type(data or trainer.train_dataloader).__name__,
         "Checkpoint": which,
     }
-    template = getattr(data, "template", None)
-    if template is not None:
-        facts["Prompt template"] = repr(template)
+    if facts_of_data.template is not None:
+        facts["Prompt template"] = repr(facts_of_data.template)
     figures = in_order({name.removeprefix("val/"): value for name, value in (metrics or {}).items()})
     rows = "".join(f"| {name.replace('_', ' ')} | {value:.4f} |\n" for name, value in figures.items())
     metadata = ModelCardData(
@@ -83,6 +84,6 @@ def _spelled(divergence: Divergence) -> str:
     """A divergence as it is written in code, with the arguments that it keeps."""
     # The default of a criterion is an instance of a subclass that jsonargparse makes.
     classes = [cls for cls in type(divergence).__mro__ if issubclass(cls, Divergence)]
-    cls = next(cls for cls in classes if not cls.__name__.startswith("LazyInstance_"))
+    cls = next(cls for cls in classes if not is_stand_in(cls))
     names = [name for name in inspect.signature(cls).parameters if hasattr(divergence, name)]
     return f"{cls.__name__}({', '.join(f'{name}={getattr(divergence, name)!r}' for name in names)})"

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -48,11 +49,12 @@ def spread(index: int, places: int, wanted: int) -> int:
 
 def response_rows(module: DistillationModule, batch: Any) -> list[Row]:
     """The samples of a batch that have response tokens."""
-    positions, labels = module.criterion.response_labels(batch["labels"])
+    positions, labels = batch.get("response") or module.criterion.response_positions(batch["labels"])
+    length = batch["labels"].shape[1]
     rows, start = [], 0
-    for index, count in enumerate(positions.sum(-1).tolist()):
+    for number, count in enumerate(torch.bincount(positions // length, minlength=len(batch["labels"])).tolist()):
         if count:
             within = slice(start, start + count)
-            rows.append(Row(index, positions[index].nonzero().flatten(), labels[within], within))
+            rows.append(Row(number, positions[within] % length, labels[within], within))
             start += count
     return rows

@@ -63,7 +63,7 @@ class DistillationSummary(ModelSummary):
 
 def compression_ratio(module: DistillationModule) -> float | None:
     """How many times the student's parameters the teacher has, or None where that is not known."""
-    teacher = None if module.teacher is None else module.teacher.parameters
+    teacher = None if module.teacher is None else module.teacher.num_parameters
     student = sum(parameter.numel() for parameter in module.student.parameters())
     return teacher / student if teacher and student else None
 
@@ -76,7 +76,7 @@ def models(module: DistillationModule) -> Group:
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
     if module.teacher is not None:
-        count = module.teacher.parameters
+        count = module.teacher.num_parameters
         table.add_row(
             "teacher", module.teacher.description, "not loaded" if count is None else f"{count:,}", "0 (frozen)"
         )

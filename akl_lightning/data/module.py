@@ -16,19 +16,16 @@ from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
+from akl_lightning.data.chat import CHAT, render, template_digest
+from akl_lightning.data.collate import Row, Rows, collate, collate_prompts
+from akl_lightning.data.sampler import StepSampler, accumulated
 from akl_lightning.data.sources import Docstrings, Pair, Source
-from akl_lightning.data.templates import CHAT, render
 from akl_lightning.errors import UsageError
-from akl_lightning.models import load_tokenizer
-from akl_lightning.teachers.fingerprint import digest, template_digest
-
-IGNORE_INDEX = -100
+from akl_lightning.models.load import load_tokenizer
 
 
 class InstructionDataModule(LightningDataModule):
@@ -186,12 +183,12 @@ class InstructionDataModule(LightningDataModule):
         described = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
         depends_on = [
             [asdict(pair) for pair in pairs],
-            [described, self.tokenizer.eos_token_id, template_digest(self.template, self.tokenizer), self.max_length],
+            [described, self.tokenizer.eos_token_id, self.template_digest, self.max_length],
             [inspect.getsource(_encode), transformers.__version__, tokenizers.__version__],
         ]
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
         folder.mkdir(parents=True, exist_ok=True)
-        return str(folder / f"{digest(json.dumps(depends_on).encode())}.arrow")
+        return str(folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()}.arrow")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Loaders
@@ -210,7 +207,7 @@ class InstructionDataModule(LightningDataModule):
 
     def samples(self, split: str, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
         """Every sample of a split once, on every rank alike, as batches; for looking at them before training."""
-        rows = _Rows(self.splits[split].select_columns(["prompt_ids", "response_ids"]))
+        rows = Rows(self.splits[split].select_columns(["prompt_ids", "response_ids"]))
         for start in range(0, len(rows), batch_size):
             yield self._collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
 
@@ -239,7 +236,7 @@ class InstructionDataModule(LightningDataModule):
         # The Trainer says which epoch it is too late for a resumed loader, which goes through its order at once.
         sampler.set_epoch(trainer.current_epoch if trainer else 0)
         return StatefulDataLoader(
-            _Rows(data.select_columns(["prompt_ids", "response_ids"])),
+            Rows(data.select_columns(["prompt_ids", "response_ids"])),
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=collate,
@@ -250,35 +247,22 @@ class InstructionDataModule(LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _pad(self, rows: list[list[int]], value: int, side: str) -> Tensor:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    @property
+    def template_digest(self) -> str:
+        """What tells the prompts of the template from those of others."""
+        return template_digest(self.template, self.tokenizer)
 
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        filler = [self.pad_id]
-        prompts = [row["prompt_ids"] or filler for row in rows]
-        whole = [prompt + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
-        labels = [[IGNORE_INDEX] * len(prompt) + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
-        return {
-            "input_ids": self._pad(whole, self.pad_id, "right"),
-            "attention_mask": self._pad([[1] * len(row) for row in whole], 0, "right"),
-            "labels": self._pad(labels, IGNORE_INDEX, "right"),
-            "index": torch.tensor([row["index"] for row in rows]),
-        }
+    def _collate(self, rows: list[Row]) -> dict[str, Tensor]:
+        return collate(rows, self.pad_id)
 
-    def collate_prompts(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate_prompts(self, rows: list[Row]) -> dict[str, Tensor]:
         """Rows of a split, each with its ``index``, as left-padded prompts."""
-        prompts = [row["prompt_ids"] or [self.pad_id] for row in rows]
-        return {
-            "input_ids": self._pad(prompts, self.pad_id, "left"),
-            "attention_mask": self._pad([[1] * len(prompt) for prompt in prompts], 0, "left"),
-            "index": torch.tensor([row["index"] for row in rows]),
-        }
+        return collate_prompts(rows, self.pad_id)
 
 
 # A function of its arguments alone, which name the file that its result is cached in.
@@ -307,20 +291,6 @@ def _encode(
         "prompt_length": [len(prompt) for prompt in prompt_ids],
         "length": [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)],
     }
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Rows of a split by index, and an empty one for the filler."""
-
-    def __init__(self, data: datasets.Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {"prompt_ids": [], "response_ids": []} if index == FILLER else self.data[index]
-        return {**row, "index": index}
 
 
 def split_pairs(

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -17,6 +16,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
+from akl_lightning.parallel import gather_objects
 
 Record = dict[str, Any]
 """``instruction``, ``input``, ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at
@@ -87,7 +87,7 @@ class AnswerFile:
             self._part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}").open("a", encoding="utf-8")
             self._part.write("\n")  # after a line that a kill has cut off
         # The ranks of a node have read the same files.
-        nodes = _gather(trainer, found if trainer.local_rank == 0 else [])
+        nodes = gather_objects(trainer, found if trainer.local_rank == 0 else [])
         self._keep(record for records in nodes for record in records)
 
     def answer(
@@ -150,7 +150,7 @@ class AnswerFile:
             For each sample that was seen its answers, one for each seed; the same on every rank.
         """
         self._part.close()
-        parts = _gather(trainer, (list(self._seen), self._new))
+        parts = gather_objects(trainer, (list(self._seen), self._new))
         for _, records in parts:
             self._keep(records)
         seen = sorted({index for indices, _ in parts for index in indices})
@@ -226,11 +226,3 @@ def _read(file: Path) -> list[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _gather(trainer: Trainer, mine: Any) -> list[Any]:
-    parts = [mine]
-    if trainer.world_size > 1:
-        parts = [None] * trainer.world_size
-        torch.distributed.all_gather_object(parts, mine)
-    return parts

@@ -10,13 +10,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import AnswerFile, Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.rouge import rouge_l
-from akl_lightning.models import Batch, Precision, check_same_vocabulary, tokenizer_of
+from akl_lightning.models.load import Precision
+from akl_lightning.models.split import Batch
+from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import data_parallel_mesh
 from akl_lightning.teachers.fingerprint import digest, weights_digest
@@ -111,7 +114,7 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
 
 
 def _data(trainer: Trainer) -> InstructionDataModule:
-    data = getattr(trainer, "datamodule", None)
+    data = data_of(trainer)
     if not isinstance(data, InstructionDataModule):
         raise UsageError("answers need prompts and references: give the Trainer an InstructionDataModule.")
     return data

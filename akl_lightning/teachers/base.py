@@ -1,8 +1,7 @@
 """What the module asks of a teacher, wherever its distributions come from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,10 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.criterion import DistillationCriterion
-from akl_lightning.models import Batch
+from akl_lightning.models.split import Batch
 from akl_lightning.projection import Logits
-
-Result = TypeVar("Result")
 
 
 class Teacher(ABC):
@@ -35,7 +32,7 @@ class Teacher(ABC):
         return type(self).__name__
 
     @property
-    def parameters(self) -> int | None:
+    def num_parameters(self) -> int | None:
         """How many parameters it has, or None where that is not known."""
         return None
 
@@ -44,18 +41,31 @@ class Teacher(ABC):
         """What tells the teacher's weights from others, or None where they are not looked at; goes into checkpoints."""
         return None
 
-    @abstractmethod
-    def __call__(self, batch: Batch, positions: Tensor, consume: Callable[[Logits], Result]) -> Result:
-        """Hand logits ``[tokens, vocab]``, or what gives them, to ``consume`` and return what it returns.
-
-        ``consume`` is called under ``no_grad``, while the weights of the head are at hand; it turns gradients on again
-        for what is its own.
+    def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
+        """What a batch is to carry for :meth:`__call__`, found before the batch goes to the device.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
-            positions: boolean ``[batch, length]``.
-            consume: takes the logits.
+            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``, on the host.
+            positions: of the response tokens, as in :meth:`__call__`.
+
+        Returns:
+            More entries of the batch, which go to the device with it.
         """
+        return {}
+
+    @abstractmethod
+    def __call__(self, batch: Batch, positions: Tensor) -> Logits:
+        """Logits ``[tokens, vocab]``, or what gives them, without gradient.
+
+        The weights of the head stay at hand until :meth:`release`, however they are sharded.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``, and what :meth:`prepare` has given.
+            positions: indices into the flattened batch, ``[tokens]``.
+        """
+
+    def release(self) -> None:  # noqa: B027
+        """Free what :meth:`__call__` has gathered from other devices."""
 
     def load(self, mesh: DeviceMesh | None) -> None:  # noqa: B027
         """Read the weights, if that is not done yet, before a run.

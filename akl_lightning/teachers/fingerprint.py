@@ -1,4 +1,4 @@
-"""What makes two teachers, tokenizers or templates the same: digests that a cache is compared by."""
+"""What makes two teachers or tokenizers the same: digests that a cache is compared by."""
 
 import hashlib
 import json
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-
-from akl_lightning.data.templates import CHAT, render
 
 
 def digest(content: bytes) -> str:
@@ -46,12 +44,3 @@ def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         parts["merges"] = [model["type"], model.get("merges")]
         parts |= {name: described[name] for name in ("normalizer", "pre_tokenizer", "post_processor")}
     return {name: digest(json.dumps(part, sort_keys=True).encode()) for name, part in parts.items()}
-
-
-def template_digest(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of the prompts that a template gives, whatever it is called."""
-    if template == CHAT:
-        return digest(str(tokenizer.chat_template).encode())
-    return digest(
-        json.dumps([render(template, "{instruction}"), render(template, "{instruction}", "{input}")]).encode()
-    )

@@ -1,22 +1,23 @@
 """A teacher that runs beside the student."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch, Precision, SplitModel, load_causal_lm, outline_causal_lm
+from akl_lightning.models.load import Precision, load_causal_lm, outline_causal_lm
+from akl_lightning.models.split import Batch, SplitModel
 from akl_lightning.parallel import load_sharded, shard
 from akl_lightning.projection import Logits
-from akl_lightning.teachers.base import Result, Teacher
+from akl_lightning.teachers.base import Teacher
 
 
 class LiveTeacher(Teacher):
@@ -26,13 +27,13 @@ class LiveTeacher(Teacher):
 
     Args:
         source: the language model, whose parameters are frozen in place, or what
-            :func:`akl_lightning.models.load_causal_lm` makes one of. The weights behind a name or folder are read when
-            they are first needed, by :meth:`load` at the latest.
+            :func:`akl_lightning.models.load.load_causal_lm` makes one of. The weights behind a name or folder are read
+            when they are first needed, by :meth:`load` at the latest.
         trust_remote_code: run Python code that comes with the model.
         role: what an error calls it.
         precision: of the weights; those of a module stay as they are.
-        attn_implementation: as for :func:`akl_lightning.models.load_causal_lm`.
-        packing: as for :class:`akl_lightning.models.SplitModel`.
+        attn_implementation: as for :func:`akl_lightning.models.load.load_causal_lm`.
+        packing: as for :class:`akl_lightning.models.split.SplitModel`.
     """
 
     def __init__(
@@ -57,7 +58,11 @@ class LiveTeacher(Teacher):
 
     @property
     def model(self) -> SplitModel:
-        """The language model."""
+        """The language model; on the meta device, where it takes no memory, until :meth:`read` or :meth:`load`."""
+        return self._model
+
+    def read(self) -> SplitModel:
+        """The language model with its weights, which are read if that is not done yet."""
         if self._unread is not None:
             self._model = _frozen(load_causal_lm(self._unread, *self._how), self._packing)
             self._unread = None
@@ -67,7 +72,7 @@ class LiveTeacher(Teacher):
 
     def load(self, mesh: DeviceMesh | None) -> None:
         if mesh is None:
-            self.model  # noqa: B018 (reading it is what loads it)
+            self.read()
             return
         if self._unread is not None:
             sharded = load_sharded(self._unread, mesh, partial(_frozen, packing=self._packing), *self._how)
@@ -78,16 +83,17 @@ class LiveTeacher(Teacher):
                     f"the weights in {self._unread!r} are no plain safetensors under today's names: every rank reads "
                     "all of them before they are sharded. Load the model and save it with save_pretrained to avoid it."
                 )
-        if not isinstance(self.model, FSDPModule):
-            shard(self.model, mesh, self.model.model, release=True)
-        register_fsdp_forward_method(self.model, "generate")
+        model = self.read()
+        if not isinstance(model, FSDPModule):
+            shard(model, mesh, model.model)
+        register_fsdp_forward_method(model, "generate")
 
     @property
     def description(self) -> str:
         return self._model.description
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     @property
@@ -103,8 +109,12 @@ class LiveTeacher(Teacher):
         self._model.check_fits(name, tokenizer, max_length)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, positions: torch.Tensor, consume: Callable[[Logits], Result]) -> Result:
-        return self.model.eval()(batch, positions, consume)
+    def __call__(self, batch: Batch, positions: Tensor) -> Logits:
+        return self.read().eval()(batch, positions)
+
+    def release(self) -> None:
+        if isinstance(self._model, FSDPModule):
+            self._model.reshard()
 
     def to(self, device: torch.device) -> Self:
         if device.type != "meta" and not isinstance(self._model, FSDPModule):

@@ -40,10 +40,10 @@ def test_the_weights_of_the_same_answers_are_drawn_after_every_validation(
     batches = list(data.val_dataloader())
     for answer, batch in zip(drawn[0], batches, strict=True):  # one of each
         row = {key: value[:1] for key, value in batch.items()}
-        positions, labels = module.criterion.response_labels(row["labels"])
+        positions, labels = module.criterion.response_positions(row["labels"])
         with torch.no_grad():
-            student = module.student.model.eval()(row["input_ids"]).logits[positions].softmax(-1)
-            teacher = module.teacher.model.model(row["input_ids"]).logits[positions].softmax(-1)
+            student = module.student.model.eval()(row["input_ids"]).logits.flatten(0, 1)[positions].softmax(-1)
+            teacher = module.teacher.model.model(row["input_ids"]).logits.flatten(0, 1)[positions].softmax(-1)
         expected = F.head_weight(*F.head_tail_gap(student, teacher))
         assert answer.weights == pytest.approx(expected.tolist(), abs=1e-4)
         assert len(answer.words) == len(labels) and answer.words[-1] == "[end]"

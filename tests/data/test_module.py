@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from akl_lightning.data.chat import render
 from akl_lightning.data.module import InstructionDataModule, split_pairs
 from akl_lightning.data.sources import Docstrings, HubDataset, JsonLines, Pair, PaperTestSet
-from akl_lightning.data.templates import render
 from akl_lightning.errors import UsageError
 
 

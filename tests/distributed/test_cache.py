@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache import CachedTeacher
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
+from akl_lightning.teachers.cache.reader import CachedTeacher
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from tests.conftest import PAIRS, QUIET, gpt2
 from tests.distributed.training import launch
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from akl_lightning.callbacks import StudentExport
-from akl_lightning.models import LoraSettings
+from akl_lightning.models.lora import LoraSettings
 from tests.conftest import QUIET
 from tests.distributed.training import apart, data_of, launch, module_of, prepare, whole_state
 

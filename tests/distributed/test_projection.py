@@ -10,8 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch, SplitModel
-from akl_lightning.projection import Logits
+from akl_lightning.models.split import Batch, SplitModel
 from akl_lightning.teachers.live import LiveTeacher
 from tests.conftest import gpt2
 from tests.distributed.training import launch
@@ -28,13 +27,12 @@ class Step(nn.Module):
         self.student, self.teacher = SplitModel(gpt2(16)), LiveTeacher(gpt2(24))
 
     def forward(self, batch: Batch) -> Tensor:
-        positions, labels = CRITERION.response_labels(batch["labels"])
-
-        def beside(teacher: Logits) -> Tensor:
-            with torch.enable_grad():
-                return self.student(batch, positions, lambda student: CRITERION(student, teacher, labels)).loss
-
-        return self.teacher(batch, positions, beside)
+        positions, labels = CRITERION.response_positions(batch["labels"])
+        try:
+            teacher = self.teacher(batch, positions)
+            return CRITERION(self.student(batch, positions), teacher, labels).loss
+        finally:
+            self.teacher.release()
 
 
 def batch() -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from akl_lightning.evaluation.judge import (
     verdict,
     wilson_interval,
 )
-from akl_lightning.models import load_causal_lm, load_tokenizer
+from akl_lightning.models.load import load_causal_lm, load_tokenizer
 from tests.evaluation.judge_server import Behaviour, Handler, Server, completion, rate, well, write
 
 KEY = "sk-very-secret-0123456789"

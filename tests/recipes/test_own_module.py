@@ -34,8 +34,9 @@ def test_the_extra_loss_is_the_distance_of_hidden_states_per_token() -> None:
         model.transformer(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         for model in (module_.student.model, module_.teacher.model.model)
     )
-    positions, _ = module_.criterion.response_labels(batch["labels"])
-    distance = (module_.regressor(student[positions]) - teacher[positions]).square().mean(-1).sum()
+    positions, _ = module_.criterion.response_positions(batch["labels"])
+    student, teacher = (hidden.flatten(0, 1)[positions] for hidden in (student, teacher))
+    distance = (module_.regressor(student) - teacher).square().mean(-1).sum()
     assert output.loss.item() == pytest.approx((without.loss + 2 * distance).item(), rel=1e-5)
     output.loss.backward()
     assert module_.regressor.weight.grad.abs().max() > 0

@@ -31,7 +31,8 @@ from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL, SkewKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache import CachedTeacher, manifest_checksum, sample_digests
+from akl_lightning.teachers.cache.format import manifest_checksum, sample_digests
+from akl_lightning.teachers.cache.reader import CachedTeacher
 from tests.conftest import PAIRS, QUIET, Bigram, gpt2, write
 
 
@@ -157,10 +158,10 @@ def test_any_order_split_padding_and_loader(
         for key in fillers:
             left[key][row, width - length :] = batch[key][row, :length]
     module_ = module(f"cache:{cache}")
-    positions, _ = module_.criterion.response_labels(batch["labels"])
-    shifted, _ = module_.criterion.response_labels(left["labels"])
+    positions, _ = module_.criterion.response_positions(batch["labels"])
+    shifted, _ = module_.criterion.response_positions(left["labels"])
     assert sample_digests(left, shifted) == sample_digests(batch, positions)
-    one, two = (module_.teacher.logits(*pair) for pair in ((batch, positions), (left, shifted)))
+    one, two = (module_.teacher(*pair) for pair in ((batch, positions), (left, shifted)))
     assert torch.equal(one.hidden, two.hidden)
     train(module_, DataLoader([left], batch_size=None), epochs=1)
 
@@ -216,8 +217,8 @@ def test_it_travels_to_a_spawned_process(cache: Path, data: InstructionDataModul
 
 
 def _hidden(teacher: CachedTeacher, batch: dict[str, Tensor]) -> Tensor:
-    positions, _ = DistillationCriterion().response_labels(batch["labels"])
-    return teacher(batch, positions, lambda logits: logits.hidden)
+    positions, _ = DistillationCriterion().response_positions(batch["labels"])
+    return teacher(batch, positions).hidden
 
 
 # --------------------------------------------------------------------------------------------------------------------

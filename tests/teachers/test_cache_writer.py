@@ -19,8 +19,9 @@ from torch import nn
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.errors import UsageError
-from akl_lightning.teachers.cache import CachedTeacher, open_shard
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
+from akl_lightning.teachers.cache.format import open_shard
+from akl_lightning.teachers.cache.reader import CachedTeacher
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from tests.conftest import QUIET, gpt2, write
 
 SIZES = {"max_length": 40, "batch_size": 4, "validation_size": 4, "test_size": 4}
@@ -82,7 +83,7 @@ import sys, time
 from lightning.pytorch import Trainer
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
-from akl_lightning.teachers.cache_writer import CacheWriter, write_cache
+from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 writer = CacheWriter("teacher", "cache", shard_tokens=40)
 writer.teacher.model.model.transformer.register_forward_hook(lambda *_: time.sleep(0.5))

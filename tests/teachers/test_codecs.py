@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from akl_lightning.errors import UsageError
-from akl_lightning.teachers.codecs import Codec, find_codec
+from akl_lightning.teachers.cache.codecs import Codec, find_codec
 
 
 def bound(name: str, hidden: Tensor) -> Tensor:

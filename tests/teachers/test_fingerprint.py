@@ -3,8 +3,8 @@ import copy
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
-from akl_lightning.data.templates import ALPACA
-from akl_lightning.teachers.fingerprint import template_digest, tokenizer_digests, weights_digest
+from akl_lightning.data.chat import ALPACA, template_digest
+from akl_lightning.teachers.fingerprint import tokenizer_digests, weights_digest
 from tests.conftest import gpt2
 
 

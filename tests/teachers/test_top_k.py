@@ -13,7 +13,7 @@ from akl_lightning.divergences import (
     WeightedKL,
 )
 from akl_lightning.projection import Projection
-from akl_lightning.teachers.top_k import decode_top_k, encode_top_k
+from akl_lightning.teachers.cache.top_k import decode_top_k, encode_top_k
 
 VOCAB, TOKENS, K = 40, 7, 5
 

@@ -1,12 +1,6 @@
-"""A teacher that is not there: its hidden states (or top log-probabilities) at response positions, from disk.
+"""A teacher's cache in the teacher's place; its shards are memory-mapped."""
 
-A cache is a folder with a manifest, the teacher's output layer, and shards in safetensors, which are memory-mapped. A
-sample is found by its content, whatever batch, order or split it comes in.
-"""
-
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -15,102 +9,31 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch
+from akl_lightning.models.split import Batch
 from akl_lightning.projection import Logits, Projection
-from akl_lightning.teachers.base import Result, Teacher
-from akl_lightning.teachers.codecs import find_codec
-from akl_lightning.teachers.fingerprint import digest, template_digest, tokenizer_digests
-from akl_lightning.teachers.top_k import decode_top_k
-
-CACHE_PREFIX = "cache:"
-"""Marks the path of a cache where a model is expected."""
-
-MANIFEST, HEAD = "manifest.json", "head.safetensors"
-FORMAT = 1
+from akl_lightning.teachers.base import Teacher
+from akl_lightning.teachers.cache.codecs import find_codec
+from akl_lightning.teachers.cache.format import (
+    HEAD,
+    REWRITE,
+    as_words,
+    file_digest,
+    open_shard,
+    read_manifest,
+    sample_digests,
+    tokens_per_sample,
+)
+from akl_lightning.teachers.cache.top_k import decode_top_k
+from akl_lightning.teachers.fingerprint import tokenizer_digests
 
 _SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
-
-
-def sample_digests(batch: Batch, positions: Tensor) -> list[bytes]:
-    """16 bytes per row that stand for its tokens and for which of them are response positions; padding has no part.
-
-    Args:
-        batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
-        positions: boolean ``[batch, length]``.
-
-    >>> ids, mask = torch.tensor([[5, 6, 0], [0, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    >>> positions = torch.tensor([[True, False, False], [False, True, False]])
-    >>> one, two = sample_digests({"input_ids": ids, "attention_mask": mask}, positions)
-    >>> one == two
-    True
-    """
-    marked = (2 * batch["input_ids"].long() + positions).cpu().numpy().astype("<i8")
-    masks = batch["attention_mask"].bool().cpu().numpy()
-    return [
-        hashlib.blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(marked, masks, strict=True)
-    ]
-
-
-def as_words(digests: Sequence[bytes]) -> np.ndarray:
-    """Digests as integers, ``[samples, 2]``."""
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache, finished or not.
-
-    Raises:
-        UsageError: there is none, or none that can be trusted.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UsageError(f"there is no teacher's cache in {folder}: give the folder that akl cache has written.")
-    try:
-        manifest = json.loads(path.read_text())
-        checksum = manifest.pop("checksum")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({error!r}): {_REWRITE}.") from error
-    if checksum != manifest_checksum(manifest):
-        raise UsageError(f"{path} is damaged, its checksum differs: {_REWRITE}.")
-    if manifest["format"] != FORMAT:
-        raise UsageError(
-            f"{path} has format {manifest['format']}, this version reads {FORMAT}: write it again with akl cache."
-        )
-    return manifest
-
-
-_REWRITE = "copy it again from where it was written, or write it again with akl cache"
-
-
-def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """Checksum over all other entries."""
-    return digest(json.dumps(manifest, sort_keys=True).encode())
-
-
-def open_shard(path: Path) -> dict[str, Tensor]:
-    """Tensors of a shard, memory-mapped.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} is damaged ({error}): {_REWRITE}.") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class CachedTeacher(Teacher):
@@ -132,9 +55,9 @@ class CachedTeacher(Teacher):
         for name, entry in self._files.items():
             file = self.path / name
             if not file.is_file():
-                raise UsageError(f"{file} is missing, which the manifest names: {_REWRITE}.")
+                raise UsageError(f"{file} is missing, which the manifest names: {REWRITE}.")
             if (size := file.stat().st_size) != entry["bytes"]:
-                raise UsageError(f"{file} is damaged, it has {size} bytes instead of {entry['bytes']}: {_REWRITE}.")
+                raise UsageError(f"{file} is damaged, it has {size} bytes instead of {entry['bytes']}: {REWRITE}.")
         self._shards = [open_shard(self.path / shard["file"]) for shard in self.manifest["shards"]]
         self._names = [name for name in self._shards[0] if name not in ("digests", "offsets")]
         # Sorted by the first half of the digest, which all but decides.
@@ -176,12 +99,8 @@ class CachedTeacher(Teacher):
             self.head.to(device)
         return self
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch, positions: Tensor, consume: Callable[[Logits], Result]) -> Result:
-        return consume(self.logits(batch, positions))
-
-    def logits(self, batch: Batch, positions: Tensor) -> Logits:
-        """Read the samples of a batch.
+    def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
+        """Read the samples of a batch, while the device is still at the batch before.
 
         Raises:
             UsageError: one of them is not in the cache.
@@ -196,31 +115,37 @@ class CachedTeacher(Teacher):
                 start, stop = shard["offsets"][row : row + 2].tolist()
                 slices.append((shard, slice(start, stop)))
         slices = slices or [(self._shards[0], slice(0, 0))]
-        parts = {
-            name: torch.cat([shard[name][rows] for shard, rows in slices]).to(positions.device) for name in self._names
+        parts = {name: torch.cat([shard[name][rows] for shard, rows in slices]) for name in self._names}
+        # Pinned, so that their way to the device is not waited for.
+        return {
+            "cached": {name: part.pin_memory() if torch.cuda.is_available() else part for name, part in parts.items()}
         }
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, positions: Tensor) -> Logits:
+        """What was cached for the samples of a batch."""
+        parts = batch.get("cached") or self.prepare(batch, positions)["cached"]
+        parts = {name: part.to(positions.device) for name, part in parts.items()}
         if self.head is None:
             return decode_top_k(parts, self.vocab_size)
         return Projection(self.codec.decode(parts), self.head, self.soft_cap)
 
     def _find(self, batch: Batch, positions: Tensor) -> tuple[list[int], list[int]]:
-        """Place of each row in the index, -1 where it has no response token; rows that are not in the cache."""
-        places, missing = [-1] * len(positions), []
-        rows = positions.any(-1).nonzero().flatten().tolist()
-        if rows:
-            digests = sample_digests(
-                {key: batch[key][rows] for key in ("input_ids", "attention_mask")}, positions[rows]
-            )
-            wanted = as_words(digests)
-            first = np.searchsorted(self._words[:, 0], wanted[:, 0])
-            for row, place, words in zip(rows, first.tolist(), wanted, strict=True):
-                while place < len(self._words) and self._words[place, 0] == words[0]:
-                    if self._words[place, 1] == words[1]:
-                        places[row] = place
-                        break
-                    place += 1
-                else:
-                    missing.append(row)
+        """Place of each sample in the index, -1 where it has no response token; samples that are not in the cache."""
+        counts = tokens_per_sample(batch, positions)
+        places, missing = [-1] * len(counts), []
+        wanted = as_words(sample_digests(batch, positions))
+        first = np.searchsorted(self._words[:, 0], wanted[:, 0])
+        for sample, (count, place, words) in enumerate(zip(counts, first.tolist(), wanted, strict=True)):
+            if not count:
+                continue
+            while place < len(self._words) and self._words[place, 0] == words[0]:
+                if self._words[place, 1] == words[1]:
+                    places[sample] = place
+                    break
+                place += 1
+            else:
+                missing.append(sample)
         return places, missing
 
     def _lacks(self, batch: Batch, missing: list[int], what: str) -> str:
@@ -254,13 +179,11 @@ class CachedTeacher(Teacher):
         """
         if stage == "predict":  # the student alone answers
             return
-        data: Any = getattr(trainer, "datamodule", None)
-        template: Any = getattr(data, "template", None)
-        written = self.manifest["template"]
-        if None not in (template, written) and written["digest"] != template_digest(template, data.tokenizer):
+        data, facts, written = data_of(trainer), facts_of_run(trainer), self.manifest["template"]
+        if None not in (facts.template_digest, written) and written["digest"] != facts.template_digest:
             raise UsageError(
                 f"the cache {self.path} was made with another prompt template, {written['name']!r} there and "
-                f"{template!r} here: set data.template to it, or write a cache with this one."
+                f"{facts.template!r} here: set data.template to it, or write a cache with this one."
             )
         if self.top_k is not None and criterion.divergence.has_reverse_part and not self._warned:
             self._warned = True
@@ -277,9 +200,9 @@ class CachedTeacher(Teacher):
     def _check_samples(self, split: str, batches: Iterable[Batch], criterion: DistillationCriterion) -> None:
         total, lacking, example = 0, 0, None
         for batch in batches:
-            positions, _ = criterion.response_labels(batch["labels"])
-            _, missing = self._find(batch, positions)
-            total, lacking = total + len(positions), lacking + len(missing)
+            positions, _ = criterion.response_positions(batch["labels"])
+            places, missing = self._find(batch, positions)
+            total, lacking = total + len(places), lacking + len(missing)
             if missing and example is None:
                 example = batch, missing
         if example:
@@ -301,7 +224,7 @@ class CachedTeacher(Teacher):
             bar = tqdm(checksums, "Checksums of the cache", len(names), leave=False, disable=not show)
             for name, checksum in zip(names, bar, strict=True):
                 if checksum != self._files[name]["sha256"]:
-                    raise UsageError(f"{self.path / name} is damaged, its checksum differs: {_REWRITE}.")
+                    raise UsageError(f"{self.path / name} is damaged, its checksum differs: {REWRITE}.")
 
 
 _TOP_K_WARNING = (

@@ -3,47 +3,51 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.auto import tqdm
 
 from akl_lightning.checkpoint import atomic_file
+from akl_lightning.compat import revision_of
 from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError
-from akl_lightning.models import Batch, Precision
-from akl_lightning.parallel import data_parallel_mesh
+from akl_lightning.models.load import Precision
+from akl_lightning.models.split import Batch
+from akl_lightning.parallel import data_parallel_mesh, gather_objects
 from akl_lightning.projection import Logits, Projection
-from akl_lightning.teachers.cache import (
+from akl_lightning.teachers.cache.codecs import find_codec
+from akl_lightning.teachers.cache.format import (
     FORMAT,
     HEAD,
     MANIFEST,
     as_words,
     file_digest,
+    identity,
     manifest_checksum,
     open_shard,
     read_manifest,
     sample_digests,
-    shows_progress,
+    shard_entry,
+    shard_name,
+    tokens_per_sample,
 )
-from akl_lightning.teachers.codecs import find_codec
-from akl_lightning.teachers.fingerprint import digest, template_digest, tokenizer_digests, weights_digest, whole
+from akl_lightning.teachers.cache.reader import shows_progress
+from akl_lightning.teachers.cache.splits import Data, EverySplit
+from akl_lightning.teachers.cache.top_k import encode_top_k
+from akl_lightning.teachers.fingerprint import digest, tokenizer_digests, weights_digest, whole
 from akl_lightning.teachers.live import LiveTeacher
-from akl_lightning.teachers.top_k import encode_top_k
-
-Data = LightningDataModule | DataLoader | list[DataLoader]
 
 _INDEX_BYTES = 24
 """What a sample takes in its shard's index."""
@@ -124,14 +128,14 @@ class CacheWriter(LightningModule):
 
     def _describe(self) -> bytes:
         """Start the manifest, and give the file of the output layer, which is empty with ``top_k``."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(self.trainer)
         if not isinstance(data, EverySplit):
             raise UsageError("CacheWriter needs all splits of the data: run it with write_cache.")
-        tokenizer, template = data.tokenizer, data.template
-        self.teacher.check_fits("teacher", tokenizer, data.max_length)
+        facts = facts_of(data.data)
+        tokenizer = facts.tokenizer
+        self.teacher.check_fits("teacher", tokenizer, facts.max_length)
         model: Any = self.teacher.model.model
-        # In its forward, where a sharded output layer is at hand.
-        logits = self._probe(model, lambda logits: logits if self.top_k is None else _dense(logits))
+        logits = self._probe(model)
         head: dict[str, Tensor] = {}
         if self.top_k is None:
             layer = logits.head if isinstance(logits, Projection) else None
@@ -145,45 +149,47 @@ class CacheWriter(LightningModule):
             vocab_size = layer.out_features
             self._bytes_per_token = self.codec.bytes_per_token(layer.in_features)
         else:
-            assert isinstance(logits, Tensor)
+            logits = logits if isinstance(logits, Tensor) else logits.logits()
             vocab_size = logits.shape[-1]
             if self.top_k >= vocab_size:
                 raise UsageError(f"top_k must be less than the teacher's {vocab_size} outputs, got {self.top_k}.")
             self._bytes_per_token = sum(p.nbytes for p in encode_top_k(logits[:1], self.top_k).values())
+        self.teacher.release()
         content = save(head) if head else b""
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "complete": False,
             "teacher": {
                 "name": self.name,
-                "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+                "revision": revision_of(self.teacher.model.config),
                 "weights": weights_digest(model),
             },
             "tokenizer": None if tokenizer is None else tokenizer_digests(tokenizer),
             "template": None
-            if tokenizer is None or template is None
-            else {"name": template, "digest": template_digest(template, tokenizer)},
+            if facts.template_digest is None
+            else {"name": facts.template, "digest": facts.template_digest},
             "codec": self.codec.name if self.top_k is None else None,
             "top_k": self.top_k,
             "vocab_size": vocab_size,
             "soft_cap": logits.soft_cap if isinstance(logits, Projection) else None,
             "head": {"file": HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
-            "data": {"max_length": data.max_length},
+            "data": {"max_length": facts.max_length},
             "shards": [],
         }
         return content
 
-    def _probe(self, model: nn.Module, consume: Callable[[Logits], Logits]) -> Logits:
-        """What is made of the logits of a few tokens; whether the model splits is looked at on the way."""
+    def _probe(self, model: nn.Module) -> Tensor | Projection:
+        """The logits of a few tokens; whether the model splits is looked at on the way."""
         parameter = next(model.parameters(), torch.empty(0))
         tokens = torch.arange(8, device=parameter.device)[None]
-        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        return self.teacher(batch, torch.ones_like(tokens, dtype=torch.bool), consume)
+        logits = self.teacher({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens[0])
+        assert isinstance(logits, Tensor | Projection)
+        return logits
 
     def _check_folder(self) -> None:
         """A cache may lie there, if it is one of the same teacher, tokenizer, template and codec."""
         if (self.path / MANIFEST).exists():
-            theirs, ours = _identity(read_manifest(self.path)), _identity(self._manifest)
+            theirs, ours = identity(read_manifest(self.path)), identity(self._manifest)
             differing = [name for name in theirs | ours if theirs.get(name, ("",))[0] != ours.get(name, ("",))[0]]
             if differing:
                 said = " and ".join(
@@ -215,13 +221,13 @@ class CacheWriter(LightningModule):
         good = []
         for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
             checksum = file_digest(file)
-            if file.name == _shard_name(checksum):
+            if file.name == shard_name(checksum):
                 shard = open_shard(file)
-                entry = _entry(file.name, checksum, file.stat().st_size, len(shard["digests"]), shard["offsets"][-1])
+                entry = shard_entry(file, checksum, len(shard["digests"]), int(shard["offsets"][-1]))
                 good.append((entry, shard["digests"].numpy().tobytes()))
             else:
                 file.unlink()
-        for entry, digests in self._gather(good):
+        for entry, digests in chain.from_iterable(gather_objects(trainer, good)):
             self._complete.append(entry)
             self._known.update(digests[start : start + 16] for start in range(0, len(digests), 16))
 
@@ -252,10 +258,11 @@ class CacheWriter(LightningModule):
         totals, seen = torch.zeros(2, dtype=torch.float64), set(self._known)
         show = shows_progress(self.trainer)
         with isolate_rng():  # a loader draws a seed
-            batches = self.trainer.datamodule.batches()  # type: ignore[attr-defined]
+            batches = data_of(self.trainer).batches()
             for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
                 positions = _positions(batch)
-                for digest, count in zip(sample_digests(batch, positions), positions.sum(-1).tolist(), strict=True):
+                counts = tokens_per_sample(batch, positions)
+                for digest, count in zip(sample_digests(batch, positions), counts, strict=True):
                     if count and digest not in seen:
                         seen.add(digest)
                         totals += torch.tensor([1, count]) / (1 if is_share else ranks)
@@ -269,7 +276,7 @@ class CacheWriter(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> int:
         """Encode the samples of a batch that no shard holds yet; the number of their response tokens."""
         positions = _positions(batch)
-        digests, counts = sample_digests(batch, positions), positions.sum(-1).tolist()
+        digests, counts = sample_digests(batch, positions), tokens_per_sample(batch, positions)
         rows = []
         for row, (digest_, count) in enumerate(zip(digests, counts, strict=True)):
             if count and digest_ not in self._known:
@@ -281,13 +288,13 @@ class CacheWriter(LightningModule):
         if not asked:
             return 0
         part = {
-            key: value[asked]
-            for key, value in batch.items()
-            if isinstance(value, Tensor) and len(value) == len(positions)
+            key: value[asked] for key, value in batch.items() if isinstance(value, Tensor) and len(value) == len(counts)
         }
-        parts = self.teacher(part, positions[asked], self._encode)
+        logits = self.teacher(part, _positions(part))
         if not rows:
             return 0
+        parts = self._encode(logits)
+        self.teacher.release()
         tokens = sum(counts[row] for row in rows)
         self._digests += [digests[row] for row in rows]
         self._counts += [counts[row] for row in rows]
@@ -320,15 +327,15 @@ class CacheWriter(LightningModule):
         tensors["offsets"] = torch.tensor([0, *np.cumsum(self._counts).tolist()])
         content = save(tensors)
         checksum = digest(content)
-        self._write(_shard_name(checksum), content)
-        self._written.append(_entry(_shard_name(checksum), checksum, len(content), len(self._digests), self._tokens))
+        self._write(shard_name(checksum), content)
+        self._written.append(shard_entry(self.path / shard_name(checksum), checksum, len(self._digests), self._tokens))
         self._digests, self._counts, self._parts, self._tokens = [], [], [], 0
 
     def on_predict_end(self) -> None:
         """Write the last shard, and the manifest that makes the cache a finished one."""
         self._flush()
-        shards = self._complete + self._gather(self._written)
-        done = sum(self._gather([self._done]))
+        shards = [*self._complete, *chain.from_iterable(gather_objects(self.trainer, self._written))]
+        done = sum(gather_objects(self.trainer, self._done))
         seconds = time.perf_counter() - self._start
         self._bar.close()
         if self.trainer.is_global_zero:
@@ -354,14 +361,6 @@ class CacheWriter(LightningModule):
             self._lock.release()
 
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _gather(self, mine: list[Any]) -> list[Any]:
-        """The lists of all ranks, joined."""
-        if self.trainer.world_size == 1:
-            return mine
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, mine)
-        return [item for part in parts for item in part]
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         sealed = {**manifest, "checksum": manifest_checksum(manifest)}
@@ -398,83 +397,14 @@ def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
     return writer.path
 
 
-class EverySplit(LightningDataModule):
-    """Train, validation and test data as one sequence of loaders for the prediction loop.
-
-    Args:
-        data: a data module, or loaders.
-    """
-
-    def __init__(self, data: Data) -> None:
-        super().__init__()
-        self.data = data
-        self.tokenizer = getattr(data, "tokenizer", None)
-        self.template = getattr(data, "template", None)
-        self.max_length = getattr(data, "max_length", None)
-
-    def prepare_data(self) -> None:
-        """As the data module does."""
-        if isinstance(self.data, LightningDataModule):
-            self.data.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        """Set all splits up."""
-        if isinstance(self.data, LightningDataModule):
-            self.data.trainer = self.trainer
-            self.data.setup("fit")
-            self.data.setup("test")
-
-    def predict_dataloader(self) -> list[DataLoader]:
-        """The loaders of all splits."""
-        if not isinstance(self.data, LightningDataModule):
-            return self.data if isinstance(self.data, list) else [self.data]
-        loaders: list[DataLoader] = []
-        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-            if is_overridden(name, self.data, LightningDataModule):
-                given = getattr(self.data, name)()
-                loaders += given if isinstance(given, list | tuple) else [given]
-        return loaders
-
-    def batches(self) -> Iterator[tuple[Batch, bool]]:
-        """Every batch, and whether it is this rank's share of the data."""
-        for loader in self.predict_dataloader():
-            is_share = isinstance(loader.sampler, DistributedSampler)
-            yield from ((batch, is_share) for batch in loader)
-
-
-_response_labels = DistillationCriterion().response_labels
+_response_positions = DistillationCriterion().response_positions
 
 
 def _positions(batch: Batch) -> Tensor:
     for key in ("input_ids", "attention_mask", "labels"):
         if key not in batch:
             raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
-    return _response_labels(batch["labels"])[0]
-
-
-def _identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """What all shards of a cache have in common, by what messages call it, and how they say it."""
-    teacher, template = manifest["teacher"], manifest["template"] or {"digest": None, "name": None}
-    digests = {f"tokenizer's {name}": value for name, value in (manifest["tokenizer"] or {}).items()}
-    return {
-        "teacher": (teacher["weights"], f"{teacher['name']!r} with weights {teacher['weights'][:8]}"),
-        **{name: (value, value[:8]) for name, value in digests.items()},
-        "prompt template": (template["digest"], repr(template["name"])),
-        **{name: (manifest[name], str(manifest[name])) for name in ("codec", "top_k")},
-    }
-
-
-def _entry(name: str, checksum: str, size: int, samples: int, tokens: Any) -> dict[str, Any]:
-    return {"file": name, "sha256": checksum, "bytes": size, "samples": samples, "tokens": int(tokens)}
-
-
-def _shard_name(checksum: str) -> str:
-    return f"shard-{checksum[:32]}.safetensors"
-
-
-def _dense(logits: Logits) -> Tensor:
-    assert isinstance(logits, Tensor | Projection)
-    return logits if isinstance(logits, Tensor) else logits.logits()
+    return _response_positions(batch["labels"])[0]
 
 
 def _said(size: float) -> str:

@@ -1,6 +1,10 @@
 """How an instruction and its input become a prompt."""
 
+import hashlib
+import json
 import string
+
+from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.errors import UsageError
 
@@ -49,3 +53,12 @@ def render(template: str, instruction: str, input: str = "") -> str:
             "and {input} in it."
         )
     return (with_input if input else without_input).format(instruction=instruction, input=input)
+
+
+def template_digest(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the prompts that a template gives, whatever it is called."""
+    if template == CHAT:
+        prompts = str(tokenizer.chat_template)
+    else:
+        prompts = json.dumps([render(template, "{instruction}"), render(template, "{instruction}", "{input}")])
+    return hashlib.sha256(prompts.encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""Every private attribute of another library that the package relies on, one small function each.
+
+A release of that library may take it away or change what it means, without a word. So nothing else in the package
+touches one, each function says why there is no public way, and a test of each fails with a sentence when it is gone.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # what needs one small function of this file is not to import them all
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+Class = TypeVar("Class", bound=type)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torch
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether something hangs on a module's forward, so that its weight alone is not what it does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def multiply_all(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors of one dtype by a scalar of it, in place: one kernel for all of them on a GPU."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def compile_errors() -> type[Exception]:
+    """What ``torch.compile`` raises where it cannot compile."""
+    from torch._dynamo.exc import TorchDynamoException  # half a second, which only a failure is worth
+
+    return TorchDynamoException
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+def new_model(kind: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
+    """A model with new weights in a dtype, while what it keeps in float32 (rotary frequencies) stays so.
+
+    ``AutoModelForCausalLM.from_config`` does it too, but finds the class by itself, and not one of the user's own.
+    """
+    return kind._from_config(config, dtype=dtype)
+
+
+def is_recurrent(model: nn.Module | None) -> bool:
+    """Whether a model carries a state from token to token, which knows no mask."""
+    return getattr(model, "_is_stateful", False)
+
+
+def mark_as_read(tensors: Iterable[Tensor]) -> None:
+    """Let ``initialize_weights`` leave tensors alone that hold what a file has given."""
+    for tensor in tensors:
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def revision_of(config: Any) -> str | None:
+    """The commit of the hub that a model was read from, or None."""
+    return getattr(config, "_commit_hash", None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Lightning
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The Trainer, or None without one, where the public property raises or gives Fabric's."""
+    return module._trainer
+
+
+def replicate_data_over_all(strategy: ModelParallelStrategy) -> None:
+    """Let every device have samples of its own, before the strategy builds its mesh from that number."""
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+def forget_loaded_data(trainer: Trainer) -> None:
+    """Make the Trainer load its data anew, so that it restores where they were.
+
+    Whoever has asked for ``trainer.estimated_stepping_batches`` has made it load them, and then it restores nothing.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def log_step_now(trainer: Trainer) -> None:
+    """Give the loggers the metrics of the step that has just ended, before Lightning does."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# argparse and jsonargparse
+
+
+def options_of(parser: ArgumentParser) -> list[str]:
+    """Every option that a parser takes, as it is typed."""
+    return list(parser._option_string_actions)
+
+
+def actions_of(parser: ArgumentParser) -> list[Any]:
+    """The arguments of a parser, each with its ``dest``."""
+    return parser._actions
+
+
+def subcommands_of(parser: Any) -> Any:
+    """Where a jsonargparse parser has its subcommands; the public ``add_subcommands`` can be called once alone."""
+    return parser._subcommands_action
+
+
+def is_stand_in(kind: type) -> bool:
+    """Whether a class is what jsonargparse's ``lazy_instance`` makes of another, so that a default is built late."""
+    return kind.__name__.startswith("LazyInstance_")
+
+
+def keeps_given_settings(cli: Class) -> Class:
+    """Decorate a ``LightningCLI``: what a checkpoint remembers of its run's settings no longer beats the flags."""
+    cli._parse_ckpt_path = lambda self: None  # type: ignore[attr-defined]
+    return cli

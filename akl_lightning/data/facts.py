@@ -1,0 +1,55 @@
+"""What is known of the data that a Trainer runs on, whoever gives them; asked for here and nowhere else."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lightning.pytorch import Trainer
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The attributes of a data module that this package looks at; each None where the module has no such attribute.
+
+    A data module of the user's own may have any of them. Of plain DataLoaders nothing is known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Whose tokens the batches hold."""
+
+    max_length: int | None = None
+    """Tokens of the longest sequence."""
+
+    batch_size: int | None = None
+    """Samples of a micro-batch, per device."""
+
+    group_by_length: bool | None = None
+    """Whether samples of a step are of similar length."""
+
+    template: str | None = None
+    """How instructions become prompts."""
+
+    template_digest: str | None = None
+    """What tells it from others."""
+
+    source: Any = None
+    """Where the samples come from, with a ``description``."""
+
+
+def facts_of(data: object) -> DataFacts:
+    """What a data module, or whatever else gives batches, says of itself.
+
+    >>> facts_of(None).max_length is None
+    True
+    """
+    return DataFacts(**{field.name: getattr(data, field.name, None) for field in fields(DataFacts)})
+
+
+def data_of(trainer: Trainer | None) -> Any:
+    """The data module of a run, or None."""
+    return getattr(trainer, "datamodule", None)
+
+
+def facts_of_run(trainer: Trainer | None) -> DataFacts:
+    """What is known of the data of a run."""
+    return facts_of(data_of(trainer))

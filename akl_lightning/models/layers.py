@@ -1,0 +1,110 @@
+"""The decoder layers of a model, and a student made of some of a teacher's."""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from akl_lightning.compat import new_model
+from akl_lightning.errors import UsageError
+
+PROBE_TOKENS = 16
+"""Tokens on which it is tried whether a model does what is expected of it."""
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of a ``transformers`` model's layers; an empty list where they cannot be told."""
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList) and count and len(part) == count:
+            return name, part
+    return "", nn.ModuleList()
+
+
+def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A new model made of some decoder layers of another, and of its embeddings, norms and head.
+
+    The result is checked: on a few tokens its logits are those of the model with the other layers skipped.
+
+    Args:
+        model: a ``transformers`` decoder; it stays as it is.
+        keep: which of its layers, by number, in ascending order: ``range(0, 30, 2)`` for every second one of 30.
+
+    Raises:
+        UsageError: no such layer, or a model whose layers cannot be told or do not come apart.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> teacher = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=4, n_embd=8, n_head=2))
+    >>> prune_layers(teacher, range(0, 4, 2)).config.n_layer
+    2
+    """
+    count, keep = getattr(model.config, "num_hidden_layers", 0), list(keep)
+    if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < count:
+        raise UsageError(f"keep must name some of the layers 0 to {count - 1} in ascending order, got {keep}.")
+    prefix, layers = decoder_layers(model)
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no list of its {count} decoder layers: build the student by hand."
+        )
+
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(keep)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == count:  # what a config says of each layer
+            setattr(config, name, [value[index] for index in keep])
+    pruned = new_model(type(model), config, model.dtype)
+    nn.Module.to(pruned, model.device)
+    places = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(keep)}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        number = re.match(rf"{re.escape(prefix)}\.\d+\.", name)
+        if number is None:
+            weights[name] = weight
+        elif number[0] in places:
+            weights[places[number[0]] + name[number.end() :]] = weight
+    pruned.load_state_dict(weights)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+
+    def skip(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    dropped = [layer for index, layer in enumerate(layers) if index not in keep]
+    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in dropped]
+    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.vocab_size
+    row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    try:
+        with torch.no_grad(), evaluating(model), evaluating(pruned):
+            expected, ours = (one(**row, use_cache=False).logits for one in (model, pruned))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if outputs_differ(expected, ours):
+        raise UsageError(
+            f"{type(model).__name__} with layers {keep} does not give what it gives with the others skipped: "
+            "its layers depend on their numbers; build the student by hand."
+        )
+    return pruned.train(model.training)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which would make two runs differ; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def outputs_differ(one: Tensor, other: Tensor, coarse: float = 2e-2) -> bool:
+    """Whether logits differ by more than rounding; NaN is for the loss to report."""
+    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else coarse
+    return bool((one.double() - other.double()).norm() > tolerance * one.double().norm())

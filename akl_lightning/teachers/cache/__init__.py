@@ -1,0 +1,1 @@
+"""A teacher that is not there: its hidden states at response positions, written to disk once and read in its place."""

@@ -1,0 +1,134 @@
+"""What lies in the folder of a teacher's cache: a manifest, the teacher's output layer, and shards in safetensors.
+
+A sample is found by its content, whatever batch, order or split it comes in.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from akl_lightning.errors import UsageError
+from akl_lightning.models.split import Batch
+from akl_lightning.teachers.fingerprint import digest
+
+CACHE_PREFIX = "cache:"
+"""Marks the path of a cache where a model is expected."""
+
+MANIFEST, HEAD = "manifest.json", "head.safetensors"
+FORMAT = 1
+
+REWRITE = "copy it again from where it was written, or write it again with akl cache"
+"""What helps against a damaged file."""
+
+
+def sample_digests(batch: Batch, positions: Tensor) -> list[bytes]:
+    """16 bytes per row that stand for its tokens and for which of them are response positions; padding has no part.
+
+    Args:
+        batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
+        positions: indices into the flattened batch, ``[tokens]``.
+
+    >>> ids, mask = torch.tensor([[5, 6, 0], [0, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    >>> one, two = sample_digests({"input_ids": ids, "attention_mask": mask}, torch.tensor([0, 4]))
+    >>> one == two
+    True
+    """
+    marked = 2 * batch["input_ids"].long()
+    marked.view(-1)[positions] += 1
+    marked = marked.cpu().numpy().astype("<i8")
+    masks = batch["attention_mask"].bool().cpu().numpy()
+    return [
+        hashlib.blake2b(row[mask].tobytes(), digest_size=16).digest() for row, mask in zip(marked, masks, strict=True)
+    ]
+
+
+def tokens_per_sample(batch: Batch, positions: Tensor) -> list[int]:
+    """How many response tokens each sample of a batch has.
+
+    >>> tokens_per_sample({"input_ids": torch.zeros(2, 3)}, torch.tensor([0, 4, 5]))
+    [1, 2]
+    """
+    samples, length = batch["input_ids"].shape
+    return torch.bincount(positions // length, minlength=samples).tolist()
+
+
+def as_words(digests: Sequence[bytes]) -> np.ndarray:
+    """Digests as integers, ``[samples, 2]``."""
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache, finished or not.
+
+    Raises:
+        UsageError: there is none, or none that can be trusted.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"there is no teacher's cache in {folder}: give the folder that akl cache has written.")
+    try:
+        manifest = json.loads(path.read_text())
+        checksum = manifest.pop("checksum")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error!r}): {REWRITE}.") from error
+    if checksum != manifest_checksum(manifest):
+        raise UsageError(f"{path} is damaged, its checksum differs: {REWRITE}.")
+    if manifest["format"] != FORMAT:
+        raise UsageError(
+            f"{path} has format {manifest['format']}, this version reads {FORMAT}: write it again with akl cache."
+        )
+    return manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Checksum over all other entries."""
+    return digest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """Tensors of a shard, memory-mapped.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} is damaged ({error}): {REWRITE}.") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What all shards of a cache have in common, by what messages call it, and how they say it."""
+    teacher, template = manifest["teacher"], manifest["template"] or {"digest": None, "name": None}
+    digests = {f"tokenizer's {name}": value for name, value in (manifest["tokenizer"] or {}).items()}
+    return {
+        "teacher": (teacher["weights"], f"{teacher['name']!r} with weights {teacher['weights'][:8]}"),
+        **{name: (value, value[:8]) for name, value in digests.items()},
+        "prompt template": (template["digest"], repr(template["name"])),
+        **{name: (manifest[name], str(manifest[name])) for name in ("codec", "top_k")},
+    }
+
+
+def shard_entry(file: Path, checksum: str, samples: int, tokens: int) -> dict[str, Any]:
+    """What the manifest says of a shard."""
+    size = file.stat().st_size
+    return {"file": file.name, "sha256": checksum, "bytes": size, "samples": samples, "tokens": tokens}
+
+
+def shard_name(checksum: str) -> str:
+    """A shard is named after its checksum."""
+    return f"shard-{checksum[:32]}.safetensors"

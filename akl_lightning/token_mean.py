@@ -1,0 +1,162 @@
+"""Sums over tokens become means over all response tokens of an optimizer step; a loss that is NaN is noticed here.
+
+What a step needs to know of itself, loss, tokens, and whether somebody wants to stop, is summed over micro-batches and
+ranks on the device. The host reads it one step later on a GPU, so that the device has work while it is waited for.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from akl_lightning.compat import multiply_all
+from akl_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    from akl_lightning.module import DistillationModule
+
+
+class MicroBatch(NamedTuple):
+    """What is kept of a micro-batch until the optimizer steps."""
+
+    batch_idx: int
+    loss: Tensor
+    cross_entropy: Tensor
+    tokens: int
+
+
+class Step(NamedTuple):
+    """What is kept of an optimizer step until the host has read it."""
+
+    number: int
+    epoch: int
+    micro_batches: list[MicroBatch]
+    totals: Tensor
+    """Loss, cross entropy, response tokens and requests to stop, summed over micro-batches and ranks; on the host."""
+    arrived: torch.cuda.Event | None
+    """When the totals have come from the device; None where they lie on the host anyway."""
+
+
+class StepMean:
+    """Counts the response tokens of an optimizer step and divides its gradients by them."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, without what a run that was broken off has left."""
+        self._micro_batches: list[MicroBatch] = []
+        self._unread: list[Step] = []
+
+    def __len__(self) -> int:
+        """Micro-batches that no optimizer step has used yet."""
+        return len(self._micro_batches)
+
+    def add(self, batch_idx: int, loss: Tensor, cross_entropy: Tensor) -> None:
+        """Count a micro-batch.
+
+        Args:
+            batch_idx: its number in the epoch.
+            loss: a scalar, summed over its response tokens.
+            cross_entropy: ``[tokens]``.
+        """
+        self._micro_batches.append(MicroBatch(batch_idx, loss.detach(), cross_entropy.sum(), cross_entropy.numel()))
+
+    def average(self, module: "DistillationModule") -> Tensor:
+        """Turn the module's gradients, sums over each micro-batch, into means over the tokens of the step.
+
+        Returns:
+            The mean loss per response token, a scalar.
+        """
+        trainer, device = module.trainer, module.device
+        micro_batches, self._micro_batches = self._micro_batches, []
+        losses = [micro_batch.loss.double() for micro_batch in micro_batches]
+        cross_entropies = [micro_batch.cross_entropy.double() for micro_batch in micro_batches]
+        # Filled on the device: a number that is copied there is waited for.
+        tokens, stop = (
+            torch.full((1,), number, dtype=torch.float64, device=device)
+            for number in (sum(micro_batch.tokens for micro_batch in micro_batches), module.stop_requested)
+        )
+        nothing = tokens.new_zeros(1)
+        totals = torch.cat([_sum(losses, nothing), _sum(cross_entropies, nothing), tokens, stop])
+        if trainer.world_size > 1:  # not the strategy's reduce, which waits at a barrier first
+            torch.distributed.all_reduce(totals)
+        step = Step(trainer.global_step, module.current_epoch, micro_batches, *_on_its_way_to_the_host(totals))
+        self._unread.append(step)
+        self.check(module, but_last=0 if step.arrived is None else 1)
+        tokens = totals[2].clamp(min=1)
+        # Lightning has divided each loss by the micro-batches of a step, and DDP and FSDP the sum by the ranks.
+        factor = trainer.accumulate_grad_batches * trainer.world_size / tokens
+        scale_([parameter.grad for parameter in module.parameters() if parameter.grad is not None], factor)
+        return (totals[0] / tokens).float()
+
+    def check(self, module: "DistillationModule", but_last: int = 0) -> None:
+        """Read the steps done, note a wish to stop, and refuse to go on where a loss was NaN.
+
+        The totals are the same on all ranks, so none waits for one that has stopped.
+
+        Args:
+            module: whose ``stop_agreed`` is set.
+            but_last: how many steps to leave for later.
+
+        Raises:
+            UsageError: a loss was NaN.
+        """
+        while len(self._unread) > but_last:
+            step = self._unread.pop(0)
+            if step.arrived is not None:
+                step.arrived.synchronize()
+            loss, cross_entropy, _, stop = step.totals.tolist()
+            module.stop_agreed |= stop > 0
+            if math.isnan(loss):
+                raise UsageError(_sentence(step, math.isnan(cross_entropy)))
+
+
+def scale_(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place by a scalar that is not rounded to their precision.
+
+    Args:
+        gradients: of any floating dtype, sharded or not.
+        factor: a scalar in float64.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        by_dtype.setdefault(local.dtype, []).append(local)
+    for dtype, tensors in by_dtype.items():
+        if dtype in (torch.float32, torch.float64):
+            multiply_all(tensors, factor.to(dtype))
+        else:
+            # With a dimension it takes part in type promotion: the product is one of float32, rounded once.
+            wide = factor.float().reshape(1)
+            for tensor in tensors:
+                (tensor if tensor.dim() else tensor.view(1)).mul_(wide)
+
+
+def _sum(parts: list[Tensor], nothing: Tensor) -> Tensor:
+    return torch.stack(parts).sum(0, keepdim=True) if parts else nothing
+
+
+def _on_its_way_to_the_host(totals: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not totals.is_cuda:
+        return totals, None
+    host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True).copy_(totals, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def _sentence(step: Step, student_diverged: bool) -> str:
+    where = ", ".join(str(batch.batch_idx) for batch in step.micro_batches if batch.loss.isnan())
+    # Cross entropy knows no teacher.
+    culprit, advice = (
+        ("the student diverged", "look at that batch, lower the learning rate, or clip")
+        if student_diverged
+        else ("the teacher gives NaN", "look at that batch, or load the teacher in a wider precision")
+    )
+    return (
+        f"the loss is NaN at optimizer step {step.number}, epoch {step.epoch}, batch {where or 'of another rank'}; "
+        f"{culprit}: {advice}."
+    )
