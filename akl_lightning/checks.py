@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from akl_lightning.data.facts import data_of, facts_of_run
@@ -11,6 +11,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary
+from akl_lightning.parallel import check_no_averages
 from akl_lightning.teachers.base import Teacher
 
 if TYPE_CHECKING:
@@ -19,15 +20,13 @@ if TYPE_CHECKING:
 
 def check_callbacks(trainer: Trainer) -> None:
     """Raise :class:`UsageError` for a callback that cannot work with the strategy or the data."""
+    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+        check_no_averages(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        name = type(callback).__name__
-        averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
-        if averages and isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
-            raise UsageError(f"{name} cannot average a sharded student: use the strategy ddp, or remove it.")
         if isinstance(callback, LearningRateFinder) and facts_of_run(trainer).group_by_length:
             raise UsageError(
-                f"{name} compares the summed losses of batches, which samples grouped by length set far apart: set "
-                "data.group_by_length to false while it searches."
+                f"{type(callback).__name__} compares the summed losses of batches, which samples grouped by length set "
+                "far apart: set data.group_by_length to false while it searches."
             )
 
 

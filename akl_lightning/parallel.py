@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from safetensors import SafetensorError
 from torch import nn
@@ -122,6 +123,14 @@ def data_parallel_mesh(strategy: Strategy | None) -> DeviceMesh | None:
     return None
 
 
+def check_no_averages(trainer: Trainer) -> None:
+    """Raise :class:`UsageError` for a callback that averages weights, of which a strategy that shards has parts."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            name = type(callback).__name__
+            raise UsageError(f"{name} cannot average a sharded student: use the strategy ddp, or remove it.")
+
+
 def wrapping_policy(language_model: nn.Module) -> ModuleWrapPolicy:
     """What FSDP (version 1) wraps: the decoder layers."""
     return ModuleWrapPolicy({type(layer) for layer in decoder_layers(language_model)[1]})
@@ -143,7 +152,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.activation_checkpointing = activation_checkpointing
 
     def setup_environment(self) -> None:
-        """Let every device have samples of its own."""
+        """Let every device have samples of its own; refuse, before they are set up, callbacks that cannot work."""
+        assert self.lightning_module is not None
+        check_no_averages(self.lightning_module.trainer)
         replicate_data_over_all(self)
         super().setup_environment()
 
