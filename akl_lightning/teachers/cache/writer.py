@@ -154,8 +154,8 @@ class CacheWriter(LightningModule):
             if self.top_k >= vocab_size:
                 raise UsageError(f"top_k must be less than the teacher's {vocab_size} outputs, got {self.top_k}.")
             self._bytes_per_token = sum(p.nbytes for p in encode_top_k(logits[:1], self.top_k).values())
-        self.teacher.release()
         content = save(head) if head else b""
+        self.teacher.release()
         self._manifest: dict[str, Any] = {
             "format": FORMAT,
             "complete": False,
