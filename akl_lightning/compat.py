@@ -66,11 +66,6 @@ def mark_as_read(tensors: Iterable[Tensor]) -> None:
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def revision_of(config: Any) -> str | None:
-    """The commit of the hub that a model was read from, or None."""
-    return getattr(config, "_commit_hash", None)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Lightning
 

@@ -116,11 +116,6 @@ def test_weights_that_were_read() -> None:
         assert (kept == 7).all() and not (drawn == 7).all()
 
 
-def test_the_commit_of_the_hub() -> None:
-    with relies_on("transformers keeps the hub's commit as _commit_hash of a config"):
-        assert compat.revision_of(LlamaConfig(_commit_hash="abc")) == "abc" and compat.revision_of(TINY) is None
-
-
 def test_the_trainer_of_a_module() -> None:
     with relies_on("Lightning keeps a module's Trainer in _trainer, None without one"):
         module, trainer = BoringModel(), Trainer(**QUIET)

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +30,15 @@ def weights_digest(model: nn.Module) -> str:
         content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
         total.update(content.numpy().data)
     return total.hexdigest()
+
+
+def hub_revision(name: str) -> str | None:
+    """The commit of the hub that lies in its cache under a name, or None for what is not of the hub."""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path, which cannot be a name there
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import AutoTokenizer
 
+from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.module import DistillationModule
@@ -74,7 +75,8 @@ def hidden(folder: Path, name: str) -> torch.Tensor:
     parts = []
     for split in data_.splits:
         for batch in data_.samples(split):
-            parts.append(teacher.logits(batch, (batch["labels"] != -100).roll(-1, 1)).hidden)
+            positions, _ = DistillationCriterion().response_positions(batch["labels"])
+            parts.append(teacher(batch, positions).hidden)
     return torch.cat(parts)
 
 

@@ -1,10 +1,13 @@
 import copy
+from pathlib import Path
 
+import huggingface_hub
+import pytest
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
 from akl_lightning.data.chat import ALPACA, template_digest
-from akl_lightning.teachers.fingerprint import tokenizer_digests, weights_digest
+from akl_lightning.teachers.fingerprint import hub_revision, tokenizer_digests, weights_digest
 from tests.conftest import gpt2
 
 
@@ -37,3 +40,14 @@ def test_a_template_by_its_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
     one = template_digest("chat", other)
     other.chat_template += "!"
     assert template_digest("chat", other) != one
+
+
+def test_the_revision_is_that_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub_revision("some/model") is None and hub_revision("../some/where/else") is None
+    snapshot = tmp_path / "models--some--model/snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--some--model/refs").mkdir()
+    (tmp_path / "models--some--model/refs/main").write_text("0123abc")
+    assert hub_revision("some/model") == "0123abc"

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from akl_lightning.checkpoint import atomic_file
-from akl_lightning.compat import revision_of
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError
@@ -46,7 +45,7 @@ from akl_lightning.teachers.cache.format import (
 from akl_lightning.teachers.cache.reader import shows_progress
 from akl_lightning.teachers.cache.splits import Data, EverySplit
 from akl_lightning.teachers.cache.top_k import encode_top_k
-from akl_lightning.teachers.fingerprint import digest, tokenizer_digests, weights_digest, whole
+from akl_lightning.teachers.fingerprint import digest, hub_revision, tokenizer_digests, weights_digest, whole
 from akl_lightning.teachers.live import LiveTeacher
 
 _INDEX_BYTES = 24
@@ -161,7 +160,7 @@ class CacheWriter(LightningModule):
             "complete": False,
             "teacher": {
                 "name": self.name,
-                "revision": revision_of(self.teacher.model.config),
+                "revision": hub_revision(self.name),
                 "weights": weights_digest(model),
             },
             "tokenizer": None if tokenizer is None else tokenizer_digests(tokenizer),
