@@ -88,11 +88,14 @@ class DistillationModule(LightningModule):
         max_new_tokens: length of the answers that :meth:`predict_step` generates.
         trust_remote_code: run Python code that comes with the models.
         lora: train a LoRA adapter of the student alone, through PEFT.
-        teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
+        teacher_precision: of the weights of a teacher that is no module; auto for the one they are stored in, 8bit and
+            4bit through bitsandbytes.
         attn_implementation: of both models, in the words of ``transformers``; None for its choice.
         compile: run the student's body through ``torch.compile``.
         packing: run both bodies on the samples of a micro-batch laid into fewer rows, which saves the padding; the
             samples see nothing of each other.
+        activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
+            on any number of devices.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -113,10 +116,11 @@ class DistillationModule(LightningModule):
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
         lora: LoraSettings | None = None,
-        teacher_precision: Precision = "float32",
+        teacher_precision: Precision = "auto",
         attn_implementation: str | None = None,
         compile: bool = False,
         packing: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
@@ -137,6 +141,8 @@ class DistillationModule(LightningModule):
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
         self.student = SplitModel(model if lora is None else add_lora(model, lora), packing)
+        if activation_checkpointing:
+            self.student.checkpoint_activations()
         if compile:
             self.student.compile_body()
         self.teacher: Teacher | None = None
@@ -211,9 +217,7 @@ class DistillationModule(LightningModule):
         if isinstance(strategy, FSDPStrategy):  # which wraps the module itself
             strategy.kwargs.setdefault("auto_wrap_policy", wrapping_policy(self.student.model))
         elif mesh is not None and not isinstance(self, FSDPModule):
-            if getattr(strategy, "activation_checkpointing", False):
-                self.student.checkpoint_activations()
-            shard(self, mesh, self.student.model)
+            shard(self, mesh, self.student.model, getattr(strategy, "param_dtype", None))
             methods = ("training_step", "validation_step", "test_step", "predict_step", "generate", "distributions")
             for step in methods:
                 register_fsdp_forward_method(self, step)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -33,7 +33,9 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What can be read as it stands; narrower ones come with scales that a model class has to know."""
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module) -> None:
+def shard(
+    model: nn.Module, mesh: DeviceMesh, language_model: nn.Module, param_dtype: torch.dtype | None = None
+) -> None:
     """Shard every parameter over the devices of a mesh with FSDP2, in place.
 
     Each decoder layer is gathered when its turn comes. All the rest, a head that is tied to the embedding included, is
@@ -43,10 +45,15 @@ def shard(model: nn.Module, mesh: DeviceMesh, language_model: nn.Module) -> None
         model: what is sharded; whose forward is called.
         mesh: one-dimensional.
         language_model: the part of it that may have decoder layers.
+        param_dtype: in which parameters are gathered and products run; gradients are reduced in float32. None for
+            the parameters' own.
     """
+    reduce_dtype = None if param_dtype is None else torch.float32
     for layer in decoder_layers(language_model)[1]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype))
+    # What a step is called with, a batch, stays as it is.
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def load_sharded(
@@ -143,13 +150,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     A checkpoint is one file, the same as that of one device: it resumes on any number of devices.
 
     Args:
-        activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass.
         timeout: of the communication between processes.
     """
 
-    def __init__(self, activation_checkpointing: bool = False, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(self, timeout: timedelta | None = default_pg_timeout) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
-        self.activation_checkpointing = activation_checkpointing
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        """In which the student's parameters are gathered, by the Trainer's precision."""
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
 
     def setup_environment(self) -> None:
         """Let every device have samples of its own; refuse, before they are set up, callbacks that cannot work."""

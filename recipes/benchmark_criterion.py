@@ -2,6 +2,7 @@
 
     python recipes/benchmark_criterion.py
     python recipes/benchmark_criterion.py --vocab 50257 --tokens 1024 --skip_step true
+    python recipes/benchmark_criterion.py --device cuda              # see benchmark_cuda.py
 
 The first table goes from hidden states to their gradients and the head's, in float32, with the shapes of a 135M model.
 The floor is the four matrix products that nobody can avoid, chunk by chunk. Every contender has a process of its own;
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -53,6 +54,8 @@ def main(
     tokens: tuple[int, ...] = (512, 1024, 2048, 4096),
     rounds: int = 5,
     skip_step: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
+    quick: bool = False,
 ) -> None:
     """Print the tables.
 
@@ -61,11 +64,18 @@ def main(
         tokens: response tokens of a micro-batch.
         rounds: timed rounds, after one that is not.
         skip_step: leave out the second table.
+        device: where; on a GPU with shapes, precision and tables of their own.
+        quick: on a GPU, the main rows alone.
     """
     if rounds < 5:
         raise UsageError(f"rounds must be 5 or more for a median that means something, got {rounds}.")
-    torch.set_float32_matmul_precision("highest")
     console = Console(width=120)
+    if device == "cuda":
+        import benchmark_cuda  # beside this script
+
+        benchmark_cuda.main(quick, rounds, console)
+        return
+    torch.set_float32_matmul_precision("highest")
     table = new_table(
         f"Criterion, forward and backward: medians of {rounds} rounds, hidden size {HIDDEN}, float32, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",

@@ -131,7 +131,8 @@ class AnswerWriter(LightningModule):
         path: the file of answers; a run that was broken off goes on with it.
         decoding: how the answers are decoded.
         trust_remote_code: run Python code that comes with the model.
-        precision: of the weights of a model that is no module; 8bit and 4bit through bitsandbytes.
+        precision: of the weights of a model that is no module; auto for the one they are stored in, 8bit and 4bit
+            through bitsandbytes.
 
     Raises:
         UsageError: a model that cannot be had; as for :class:`AnswerEvaluation`.
@@ -143,7 +144,7 @@ class AnswerWriter(LightningModule):
         path: str | Path,
         decoding: Decoding = Decoding(),  # noqa: B008 (it is frozen)
         trust_remote_code: bool = False,
-        precision: Precision = "float32",
+        precision: Precision = "auto",
     ) -> None:
         super().__init__()
         self.language_model = LiveTeacher(model, trust_remote_code, role="model", precision=precision)

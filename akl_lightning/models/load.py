@@ -26,8 +26,9 @@ from akl_lightning.models.layers import prune_layers
 PACKAGE_PREFIX = "package:"
 """Marks the name of an installed package where a model is expected: of the GGUF file in it."""
 
-Precision = Literal["float32", "bfloat16", "float16", "8bit", "4bit"]
-"""Of a model's weights; the last two through bitsandbytes, everything but the layers' weights in bfloat16 then."""
+Precision = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
+"""Of a model's weights: ``auto`` is the one they are stored in, float32 for new ones and for GGUF files; the last two
+through bitsandbytes, everything but the layers' weights in bfloat16 then."""
 
 
 def load_causal_lm(
@@ -72,13 +73,15 @@ def load_causal_lm(
         except ValueError as error:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
         with _attending(role, attn_implementation):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype or torch.float32, attn_implementation=attn_implementation
+            )
     location = _location(source)
     with _explained(role, source), _attending(role, attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(
             **location,
             **_quantization(location, precision),
-            dtype=dtype,
+            dtype=dtype or (torch.float32 if "gguf_file" in location else "auto"),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
@@ -103,7 +106,7 @@ def outline_causal_lm(
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config,
-                dtype=dtype,
+                dtype=dtype or getattr(config, "dtype", None) or torch.float32,
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
@@ -146,7 +149,10 @@ def _in_package(source: str) -> str:
     return str(found[0])
 
 
-def _dtype(precision: Precision) -> torch.dtype:
+def _dtype(precision: Precision) -> torch.dtype | None:
+    """None for ``auto``."""
+    if precision == "auto":
+        return None
     if precision not in ("8bit", "4bit"):
         return getattr(torch, precision)
     if find_spec("bitsandbytes") is None or find_spec("accelerate") is None:

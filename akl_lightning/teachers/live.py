@@ -41,7 +41,7 @@ class LiveTeacher(Teacher):
         source: nn.Module | Mapping[str, Any] | str,
         trust_remote_code: bool = False,
         role: str = "teacher",
-        precision: Precision = "float32",
+        precision: Precision = "auto",
         attn_implementation: str | None = None,
         packing: bool = False,
     ) -> None:

@@ -166,10 +166,11 @@ def load_old(rank: int, folder: Path) -> None:
 
 
 def predict_and_export(rank: int, folder: Path) -> None:
-    two = {"strategy": FSDP2Strategy(activation_checkpointing=True), "devices": 2}
+    two = {"strategy": FSDP2Strategy(), "devices": 2}
     export = StudentExport(str(folder / "export"))
     trainer = Trainer(**QUIET, max_epochs=2, callbacks=[export], gradient_clip_val=0.4, **two)
-    module, data = module_of(folder, max_new_tokens=6), data_of(folder, batch_size=8)
+    module = module_of(folder, max_new_tokens=6, activation_checkpointing=True)
+    data = data_of(folder, batch_size=8)
     trainer.fit(module, data)
     assert module.student.causal_lm.is_gradient_checkpointing
     (tested,) = trainer.test(module, data, verbose=False)

@@ -66,8 +66,8 @@ def whole_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Relative distance of two sets of weights."""
     assert ours.keys() == theirs.keys()
-    difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs])
-    return float(difference.norm() / torch.cat([value.flatten() for value in theirs.values()]).norm())
+    difference = torch.cat([(ours[name].cpu() - theirs[name].cpu()).flatten() for name in theirs])
+    return float(difference.norm() / torch.cat([value.cpu().flatten() for value in theirs.values()]).norm())
 
 
 class Pace(Callback):

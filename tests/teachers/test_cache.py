@@ -3,6 +3,7 @@
 import copy
 import json
 import multiprocessing
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -31,7 +32,8 @@ from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL, SkewKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache.format import manifest_checksum, sample_digests
+from akl_lightning.teachers.cache import reader
+from akl_lightning.teachers.cache.format import file_digest, manifest_checksum, sample_digests
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from tests.conftest import PAIRS, QUIET, Bigram, gpt2, write
 
@@ -219,6 +221,21 @@ def test_it_travels_to_a_spawned_process(cache: Path, data: InstructionDataModul
 def _hidden(teacher: CachedTeacher, batch: dict[str, Tensor]) -> Tensor:
     positions, _ = DistillationCriterion().response_positions(batch["labels"])
     return teacher(batch, positions).hidden
+
+
+def test_checksums_are_compared_once_and_again_after_a_change(
+    cache: Path, data: InstructionDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(reader, "file_digest", lambda path: read.append(path.name) or file_digest(path))
+    names = sorted(path.name for path in cache.glob("*.safetensors"))
+    for expected in (names, []):
+        train(module(f"cache:{cache}"), data, epochs=1)
+        assert sorted(read) == expected
+        read.clear()
+    os.utime(cache / "head.safetensors")
+    train(module(f"cache:{cache}"), data, epochs=1)
+    assert read == ["head.safetensors"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ A sample is found by its content, whatever batch, order or split it comes in.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from akl_lightning.checkpoint import atomic_file
 from akl_lightning.errors import UsageError
 from akl_lightning.models.split import Batch
 from akl_lightning.teachers.fingerprint import digest
@@ -21,7 +23,7 @@ from akl_lightning.teachers.fingerprint import digest
 CACHE_PREFIX = "cache:"
 """Marks the path of a cache where a model is expected."""
 
-MANIFEST, HEAD = "manifest.json", "head.safetensors"
+MANIFEST, HEAD, VERIFIED = "manifest.json", "head.safetensors", ".verified.json"
 FORMAT = 1
 
 REWRITE = "copy it again from where it was written, or write it again with akl cache"
@@ -109,6 +111,26 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged_files(folder: Path) -> dict[str, list[Any]]:
+    """What was found of files whose checksums have been compared before: size, time of change, checksum, by name."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / VERIFIED).read_text())
+    return {}
+
+
+def remember_unchanged(folder: Path, files: Iterable[str], checksums: Mapping[str, str]) -> None:
+    """Note that the checksums of files are right, so that the next run need not read them all."""
+    known = unchanged_files(folder) | {name: file_state(folder / name, checksums[name]) for name in files}
+    with suppress(OSError), atomic_file(folder / VERIFIED) as file:  # a cache may well lie where nobody may write
+        file.write_text(json.dumps(known))
+
+
+def file_state(file: Path, checksum: str) -> list[Any]:
+    """What tells whether a file has been touched since."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, checksum]
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:

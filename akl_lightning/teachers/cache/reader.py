@@ -25,10 +25,13 @@ from akl_lightning.teachers.cache.format import (
     REWRITE,
     as_words,
     file_digest,
+    file_state,
     open_shard,
     read_manifest,
+    remember_unchanged,
     sample_digests,
     tokens_per_sample,
+    unchanged_files,
 )
 from akl_lightning.teachers.cache.top_k import decode_top_k
 from akl_lightning.teachers.fingerprint import tokenizer_digests
@@ -175,7 +178,8 @@ class CachedTeacher(Teacher):
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
         """Refuse another template, damaged files and, of the data module of this package, samples that are missing.
 
-        Every file is read once and its checksum compared; the processes of a node share them out.
+        Every file is read and its checksum compared in the first run, and again when it has been touched since; the
+        processes of a node share them out.
         """
         if stage == "predict":  # the student alone answers
             return
@@ -193,8 +197,13 @@ class CachedTeacher(Teacher):
             batches = tqdm(data.samples(split), what, unit="batch", leave=False, disable=not shows_progress(trainer))
             self._check_samples(split, batches, criterion)
         if not self._checked:
-            files = sorted(self._files)[trainer.local_rank :: trainer.num_devices]
-            self.check_files(files, show=shows_progress(trainer))
+            checksums = {name: entry["sha256"] for name, entry in self._files.items()}
+            known = unchanged_files(self.path)
+            files = [n for n in sorted(checksums) if known.get(n) != file_state(self.path / n, checksums[n])]
+            mine = files[trainer.local_rank :: trainer.num_devices]
+            self.check_files(mine, show=shows_progress(trainer))
+            if mine:
+                remember_unchanged(self.path, mine, checksums)
             self._checked = True
 
     def _check_samples(self, split: str, batches: Iterable[Batch], criterion: DistillationCriterion) -> None:

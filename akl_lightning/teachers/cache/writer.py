@@ -66,7 +66,7 @@ class CacheWriter(LightningModule):
         top_k: store this many log-probabilities of the likeliest tokens instead of hidden states.
         shard_tokens: response tokens of a shard, which is kept in memory until it is full.
         trust_remote_code: run Python code that comes with the model.
-        teacher_precision: of the weights of a teacher that is no module; 8bit and 4bit through bitsandbytes.
+        teacher_precision: of the weights of a teacher that is no module, as for the module.
 
     Raises:
         UsageError: a teacher, codec or folder that cannot be used.
@@ -80,7 +80,7 @@ class CacheWriter(LightningModule):
         top_k: int | None = None,
         shard_tokens: int = 2**16,
         trust_remote_code: bool = False,
-        teacher_precision: Precision = "float32",
+        teacher_precision: Precision = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
