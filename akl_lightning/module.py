@@ -24,7 +24,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from akl_lightning.checkpoint import AtomicCheckpointIO, key_by_name, random_states, set_random_states
-from akl_lightning.criterion import CriterionOutput, DistillationCriterion
+from akl_lightning.criterion import CriterionOutput, DistillationCriterion, as_mask
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
@@ -279,7 +279,8 @@ class DistillationModule(LightningModule):
         for key in ("input_ids", "attention_mask", "labels"):
             if key not in batch:
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
-        positions, labels = self.criterion.response_labels(batch["labels"])
+        positions, labels = self.criterion.response_positions(batch["labels"])
+        positions = as_mask(positions, batch["labels"])
         with_gradient = torch.is_grad_enabled()
 
         def beside(teacher: Logits | None) -> CriterionOutput:
@@ -319,10 +320,11 @@ class DistillationModule(LightningModule):
         if self.teacher is None:
             raise UsageError("the module has no teacher: give it one to compare the student with.")
         # A cache finds a sample by all of its response positions.
-        positions, labels = self.criterion.response_labels(batch["labels"])
+        positions, labels = self.criterion.response_positions(batch["labels"])
+        positions = as_mask(positions, batch["labels"])
         pairs: list[tuple[Tensor, Tensor]] = []
 
-        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, *_: Any) -> dict[str, Tensor]:
+        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, gradient: None) -> dict[str, Tensor]:
             assert teacher is not None
             temperature = self.criterion.temperature
             pairs.append((log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()))

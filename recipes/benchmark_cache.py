@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from akl_lightning.cli import run_command
-from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.criterion import DistillationCriterion, as_mask
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import Docstrings, JsonLines
 from akl_lightning.divergences import AdaptiveKL
@@ -155,7 +155,8 @@ def hidden_states(gguf: str, folder: str, count: int) -> dict[str, Any]:
     parts: dict[str, list[Tensor]] = {"student": [], "teacher": [], "labels": []}
     found = 0
     for batch in data.samples("train", batch_size=8):
-        positions, labels = criterion.response_labels(batch["labels"])
+        positions, labels = criterion.response_positions(batch["labels"])
+        positions = as_mask(positions, batch["labels"])
         parts["labels"].append(labels)
         for name, model in models.items():
             parts[name].append(model.eval().projection(batch, positions).hidden)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
-from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.criterion import DistillationCriterion, as_mask
 from akl_lightning.errors import UsageError
 from akl_lightning.models import SplitModel, load_causal_lm, prune_layers
 from akl_lightning.projection import Projection
@@ -65,7 +65,8 @@ def batch() -> dict[str, Tensor]:
 
 def loss_and_gradients(model: SplitModel, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     criterion = DistillationCriterion(alpha=0.0, chunk_size=7)
-    positions, labels = criterion.response_labels(rows["labels"])
+    positions, labels = criterion.response_positions(rows["labels"])
+    positions = as_mask(positions, rows["labels"])
     model.zero_grad()
     loss = model(rows, positions, lambda student: criterion(student, None, labels)).loss
     loss.backward()

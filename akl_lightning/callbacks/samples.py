@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from akl_lightning.criterion import as_mask
 from akl_lightning.module import DistillationModule
 
 
@@ -48,7 +49,8 @@ def spread(index: int, places: int, wanted: int) -> int:
 
 def response_rows(module: DistillationModule, batch: Any) -> list[Row]:
     """The samples of a batch that have response tokens."""
-    positions, labels = module.criterion.response_labels(batch["labels"])
+    positions, labels = module.criterion.response_positions(batch["labels"])
+    positions = as_mask(positions, batch["labels"])
     rows, start = [], 0
     for index, count in enumerate(positions.sum(-1).tolist()):
         if count:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.criterion import DistillationCriterion, as_mask
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch
 from akl_lightning.projection import Logits, Projection
@@ -277,7 +277,7 @@ class CachedTeacher(Teacher):
     def _check_samples(self, split: str, batches: Iterable[Batch], criterion: DistillationCriterion) -> None:
         total, lacking, example = 0, 0, None
         for batch in batches:
-            positions, _ = criterion.response_labels(batch["labels"])
+            positions = as_mask(criterion.response_positions(batch["labels"])[0], batch["labels"])
             _, missing = self._find(batch, positions)
             total, lacking = total + len(positions), lacking + len(missing)
             if missing and example is None:

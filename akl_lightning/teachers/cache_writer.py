@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm.auto import tqdm
 
 from akl_lightning.checkpoint import atomic_file
-from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.criterion import DistillationCriterion, as_mask
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch, Precision
 from akl_lightning.parallel import data_parallel_mesh
@@ -442,14 +442,14 @@ class EverySplit(LightningDataModule):
             yield from ((batch, is_share) for batch in loader)
 
 
-_response_labels = DistillationCriterion().response_labels
+_response_positions = DistillationCriterion().response_positions
 
 
 def _positions(batch: Batch) -> Tensor:
     for key in ("input_ids", "attention_mask", "labels"):
         if key not in batch:
             raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
-    return _response_labels(batch["labels"])[0]
+    return as_mask(_response_positions(batch["labels"])[0], batch["labels"])
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:

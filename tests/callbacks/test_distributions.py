@@ -40,7 +40,7 @@ def test_the_two_distributions_at_one_position_are_drawn_after_every_validation(
     assert len(drawn) == 2 and drawn[0] == drawn[1]
 
     (batch,) = data.val_dataloader()
-    where = module.criterion.response_labels(batch["labels"][:1])[0][0].nonzero().flatten()[2]
+    where = module.criterion.response_positions(batch["labels"][:1])[0][2]
     read = batch["input_ids"][:1, : where + 1]
     p, q = (model.eval()(read).logits[0, -1].softmax(-1) for model in (original, module.student.model))
     (words, student, teachers, in_head), texts = drawn[0]

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from akl_lightning import functional as F
 from akl_lightning.callbacks import HeadWeightMap, draw_weight_map, weight_map
 from akl_lightning.callbacks.weight_map import WeightedAnswer
+from akl_lightning.criterion import as_mask
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -40,7 +41,8 @@ def test_the_weights_of_the_same_answers_are_drawn_after_every_validation(
     batches = list(data.val_dataloader())
     for answer, batch in zip(drawn[0], batches, strict=True):  # one of each
         row = {key: value[:1] for key, value in batch.items()}
-        positions, labels = module.criterion.response_labels(row["labels"])
+        positions, labels = module.criterion.response_positions(row["labels"])
+        positions = as_mask(positions, row["labels"])
         with torch.no_grad():
             student = module.student.model.eval()(row["input_ids"]).logits[positions].softmax(-1)
             teacher = module.teacher.model.model(row["input_ids"]).logits[positions].softmax(-1)

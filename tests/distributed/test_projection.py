@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.criterion import DistillationCriterion, as_mask
 from akl_lightning.errors import UsageError
 from akl_lightning.models import Batch, SplitModel
 from akl_lightning.projection import Logits
@@ -28,7 +28,8 @@ class Step(nn.Module):
         self.student, self.teacher = SplitModel(gpt2(16)), LiveTeacher(gpt2(24))
 
     def forward(self, batch: Batch) -> Tensor:
-        positions, labels = CRITERION.response_labels(batch["labels"])
+        positions, labels = CRITERION.response_positions(batch["labels"])
+        positions = as_mask(positions, batch["labels"])
 
         def beside(teacher: Logits) -> Tensor:
             with torch.enable_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from akl_lightning.criterion import as_mask
 from akl_lightning.data.module import InstructionDataModule
 from recipes.own_module import HiddenStateDistillation
 from tests.conftest import QUIET, gpt2, write
@@ -34,7 +35,8 @@ def test_the_extra_loss_is_the_distance_of_hidden_states_per_token() -> None:
         model.transformer(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         for model in (module_.student.model, module_.teacher.model.model)
     )
-    positions, _ = module_.criterion.response_labels(batch["labels"])
+    positions, _ = module_.criterion.response_positions(batch["labels"])
+    positions = as_mask(positions, batch["labels"])
     distance = (module_.regressor(student[positions]) - teacher[positions]).square().mean(-1).sum()
     assert output.loss.item() == pytest.approx((without.loss + 2 * distance).item(), rel=1e-5)
     output.loss.backward()

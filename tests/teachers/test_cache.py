@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.criterion import DistillationCriterion, as_mask
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL, SkewKL
@@ -157,8 +157,10 @@ def test_any_order_split_padding_and_loader(
         for key in fillers:
             left[key][row, width - length :] = batch[key][row, :length]
     module_ = module(f"cache:{cache}")
-    positions, _ = module_.criterion.response_labels(batch["labels"])
-    shifted, _ = module_.criterion.response_labels(left["labels"])
+    positions, _ = module_.criterion.response_positions(batch["labels"])
+    positions = as_mask(positions, batch["labels"])
+    shifted, _ = module_.criterion.response_positions(left["labels"])
+    shifted = as_mask(shifted, left["labels"])
     assert sample_digests(left, shifted) == sample_digests(batch, positions)
     one, two = (module_.teacher.logits(*pair) for pair in ((batch, positions), (left, shifted)))
     assert torch.equal(one.hidden, two.hidden)
@@ -216,7 +218,8 @@ def test_it_travels_to_a_spawned_process(cache: Path, data: InstructionDataModul
 
 
 def _hidden(teacher: CachedTeacher, batch: dict[str, Tensor]) -> Tensor:
-    positions, _ = DistillationCriterion().response_labels(batch["labels"])
+    positions, _ = DistillationCriterion().response_positions(batch["labels"])
+    positions = as_mask(positions, batch["labels"])
     return teacher(batch, positions, lambda logits: logits.hidden)
 
 
