@@ -1,18 +1,18 @@
 """What one batch costs: a divergence to the teacher mixed with the cross entropy of the data."""
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, final
+from functools import partial
+from typing import NamedTuple, final
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from akl_lightning import functional as F
+from akl_lightning import kernels
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.pairs import Comparison
+from akl_lightning.kernels.reference import rows_at_a_time
 from akl_lightning.projection import Logits, project_and_compare
 
 STATISTICS = (
@@ -39,14 +39,20 @@ class CriterionOutput(NamedTuple):
     """One float tensor ``[tokens]`` per name in :data:`STATISTICS`, detached."""
 
 
+def as_mask(positions: Tensor, labels: Tensor) -> Tensor:
+    """Positions as indices into the flattened ``labels``, as booleans of their shape."""
+    return torch.zeros_like(labels, dtype=torch.bool).flatten().index_fill(0, positions, True).view_as(labels)
+
+
 # Final, so that the command line reads its arguments in place: --model.criterion.alpha, not init_args.
 @final
 class DistillationCriterion(nn.Module):
     """``alpha * divergence + (1 - alpha) * cross_entropy``, summed over response positions.
 
-    Logits have the precision in which the model's products run, all that follows has float32's at least. In float32,
-    values are within ``1e-5 |value| + 1e-6`` of a dense float64 computation and gradients within 1e-5 of their norm; in
-    bfloat16 logits are rounded to 3 digits, and gradients differ by some percent, as those of autograd do.
+    Products run in the model's precision, but logits are never rounded below float32, and all that follows has that at
+    least. In float32, values are within ``1e-5 |value| + 1e-6`` of a dense float64 computation and gradients within
+    1e-5 of their norm; in bfloat16 gradients are within 0.5 % of it. An output layer that is no plain ``nn.Linear``
+    (LoRA on it, a hook) is the exception: its logits have the precision that it gives them.
 
     Args:
         divergence: compares student and teacher at each response position.
@@ -54,10 +60,9 @@ class DistillationCriterion(nn.Module):
         temperature: softens both distributions before they are compared; the divergence is scaled by its square.
             Cross entropy is not softened.
         ignore_index: label of the positions that are no response positions.
-        chunk_size: tokens whose logits exist at a time; None for as many as have logits of 64 MiB. It changes speed and
-            memory, not the result.
-        compile_chunks: compile the comparison of a chunk with ``torch.compile``, as far as it compiles: the search of
-            the head depends on the data. Without a compiler it warns once and goes on without.
+        chunk_size: tokens whose logits exist at a time; None for as many as suit the device: on a CPU those with logits
+            of 64 MiB, elsewhere 2,048, or fewer if their logits and gradients would take more than 3 GiB. It changes
+            speed and memory, not the result.
 
     Raises:
         UsageError: a value out of its range, or a divergence that is none.
@@ -78,7 +83,6 @@ class DistillationCriterion(nn.Module):
         temperature: float = 1.0,
         ignore_index: int = -100,
         chunk_size: int | None = None,
-        compile_chunks: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(divergence, Divergence):
@@ -99,7 +103,6 @@ class DistillationCriterion(nn.Module):
         self.temperature = temperature
         self.ignore_index = ignore_index
         self.chunk_size = chunk_size
-        self.compile_chunks = compile_chunks
 
     @property
     def needs_teacher(self) -> bool:
@@ -109,12 +112,17 @@ class DistillationCriterion(nn.Module):
     def response_positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Find the response positions, whose hidden states predict a labelled next token.
 
+        To be asked before the batch goes to a GPU, which would have to be waited for.
+
         Args:
             labels: ``[batch, length]``, not shifted; ``ignore_index`` where nothing is to be learnt.
 
         Returns:
-            Indices of the positions in the flattened ``[batch, length]``, int64 ``[tokens]``, in order; and the labels
-            that they predict, ``[tokens]``.
+            Indices ``[tokens]`` into the batch's ``batch * length`` positions, and the labels that they predict,
+            ``[tokens]``.
+
+        >>> DistillationCriterion().response_positions(torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]]))
+        (tensor([1, 2, 6]), tensor([5, 6, 8]))
         """
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=self.ignore_index).flatten()
         positions = (following != self.ignore_index).nonzero().squeeze(-1)
@@ -127,58 +135,51 @@ class DistillationCriterion(nn.Module):
             student: logits ``[tokens, vocab]``, or hidden states and the head that projects them.
             teacher: likewise, or None with ``alpha = 0``.
             labels: ``[tokens]``, the tokens of the data.
+
+        Raises:
+            UsageError: no teacher where one is needed, or logits of whole sequences.
         """
         if teacher is None and self.needs_teacher:
             raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
-        return CriterionOutput(*project_and_compare(student, teacher, labels, self._loss_of_chunk, self.chunk_size))
+        for name, logits in (("student", student), ("teacher", teacher)):
+            if isinstance(logits, Tensor) and (logits.dim() != 2 or labels.dim() != 1):
+                raise UsageError(
+                    f"{name} logits {list(logits.shape)} with labels {list(labels.shape)}: pass logits [tokens, vocab] "
+                    "and labels [tokens] of the response positions alone, which response_positions finds."
+                )
+        divergence = self.divergence
+        how = Comparison(
+            divergence.pair, divergence.constant, self.alpha, self.temperature, divergence.mu, divergence.head_rule
+        )
+        by_autograd = teacher is not None and how.pair is None
+        compare = partial(self._compare_by_autograd if by_autograd else kernels.compare, how=how)
+        return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size))
 
-    def _loss_of_chunk(self, *arguments: Any) -> dict[str, Tensor]:
-        if self.compile_chunks:
-            try:
-                return _compiled()(self, *arguments)
-            except TorchDynamoException as error:
-                self.compile_chunks = False
-                rank_zero_warn(f"compile_chunks is off, torch.compile found no working compiler: {error}")
-        return self._chunk_loss(*arguments)
-
-    def _chunk_loss(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, scratch: Tensor, with_gradient: bool
+    def _compare_by_autograd(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, how: Comparison, gradient: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Statistics of a few rows; ``student`` is overwritten with the gradient of their summed loss."""
-        t, weight = self.temperature, 1.0 if teacher is None else 1 - self.alpha
-        if teacher is None:
-            log_q = F.log_probs(student)
-            cross_entropy = -log_q.gather(-1, labels[:, None]).squeeze(-1)
-            statistics = {"loss": cross_entropy, "cross_entropy": cross_entropy}
-            if with_gradient:
-                torch.exp(log_q, out=student)
-        else:
-            log_q = student if t == 1 else F.log_probs(student)
-            softened = (student, teacher) if t == 1 else (student / t, teacher / t)
-            # With a temperature of 1, student and log_q are the log-probabilities from here on.
-            pair = F.compare(*softened, self.divergence.mu, self.divergence.head_rule, scratch)
-            cross_entropy = -log_q.gather(-1, labels[:, None]).squeeze(-1)
-            if with_gradient:
-                value, gradient = self.divergence.value_and_gradient(pair)
+        """As the kernels do, with a divergence that gives its value alone; ``student`` is overwritten.
+
+        Some rows at a time: what autograd keeps of them is several times their logits.
+        """
+        rows, t, parts = rows_at_a_time(student), self.temperature, []
+        for start in range(0, max(1, len(student)), rows):
+            block = slice(start, start + rows)
+            logits, wanted = student[block], gradient is not None and self.alpha > 0
+            log_q, log_p = F.log_probs(logits, t), F.log_probs(teacher[block], t).to(logits.dtype)
+            slope = None
+            if wanted:
+                with torch.enable_grad():
+                    value = self.divergence.compare(log_q.requires_grad_(), log_p)
+                    (of_log_q,) = torch.autograd.grad(value.sum(), log_q)
+                slope = of_log_q - log_q.detach().exp() * of_log_q.sum(-1, keepdim=True)
             else:
-                value = self.divergence.value(pair)
-            divergence = t**2 * value
-            # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
-            loss = F.weighted(self.alpha, divergence) + F.weighted(weight, cross_entropy)
-            statistics = {"loss": loss, "divergence": divergence, "cross_entropy": cross_entropy}
-            statistics |= {name: getattr(pair, name) for name in pair._fields if name in STATISTICS}
-            statistics["head_weight"] = F.head_weight(pair.head_gap, pair.tail_gap)
-            if with_gradient:
+                value = self.divergence.compare(log_q, log_p)
+            own = t**2 * value.detach()
+            into = None if gradient is None else logits
+            part = kernels.compare(logits, teacher[block], labels[block], how, into)
+            parts.append({**part, "loss": F.weighted(self.alpha, own) + part["loss"], "divergence": own})
+            if gradient is not None:
                 # By the chain rule, t² times the divergence of logits / t has t times the gradient.
-                q, gradient = (pair.student_probs, gradient) if t == 1 else (log_q.exp(), gradient.mul_(t))
-                torch.lerp(gradient, q, weight, out=student)
-        if with_gradient:
-            # The rest of cross entropy's gradient, q - 1 at the label.
-            student.scatter_add_(-1, labels[:, None], student.new_full((len(labels), 1), -weight))
-        return statistics
-
-
-@cache
-def _compiled() -> Callable[..., dict[str, Tensor]]:
-    # Not kept by the criterion, which has to be copied (SWA, EMA) and pickled.
-    return torch.compile(DistillationCriterion._chunk_loss)
+                gradient[block].copy_(logits if slope is None else logits.add_(slope, alpha=self.alpha * t))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

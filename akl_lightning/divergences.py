@@ -1,19 +1,20 @@
 """The divergences of :mod:`akl_lightning.functional` as modules that a config or command line can name."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from akl_lightning import functional as F
-from akl_lightning.compat import is_stand_in
 from akl_lightning.functional import HeadRule
 
 
 class Divergence(nn.Module, ABC):
     """How far a student's next-token distribution is from a teacher's.
 
-    Subclass it, write :meth:`compare`, and the criterion, the metrics and the command line take it as they take ours.
+    Subclass it, write :meth:`compare`, and the criterion, the metrics and the command line take it as they take ours:
+    its gradient comes from autograd, some tokens at a time. Those of this module name a pair of formulas instead
+    (:attr:`pair`), which costs less.
 
     >>> import torch
     >>> class Hellinger(Divergence):
@@ -33,6 +34,21 @@ class Divergence(nn.Module, ABC):
     has_reverse_part: bool = True
     """Whether tokens count by the student's probability as well, and the teacher's tail with them. Forward KL has none;
     of a divergence that does not say, it is assumed."""
+
+    @property
+    def pair(self) -> str | None:
+        """The key of its formulas in :data:`akl_lightning.kernels.pairs.PAIRS`, or None where autograd is to do it."""
+        return None
+
+    @property
+    def constant(self) -> float:
+        """The number that these formulas take, 0 where they take none."""
+        return 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "compare" in vars(cls) and "pair" not in vars(cls):
+            cls.pair = None  # type: ignore[assignment,method-assign]  # the formulas it inherits are another divergence's
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -60,65 +76,16 @@ class Divergence(nn.Module, ABC):
         teacher = F.log_probs(teacher_logits.detach(), temperature)
         return temperature**2 * self.compare(F.log_probs(student_logits, temperature), teacher)
 
-    def value(self, pair: F.Comparison) -> Tensor:
-        """Value ``[tokens]``, where no gradient is wanted."""
-        return self.compare(pair.student, pair.teacher)
 
-    def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
-        """Value per token and its gradient, here through autograd; what the criterion calls, a few tokens at a time.
-
-        Args:
-            pair: student and teacher; its ``log_ratio`` may be overwritten.
-
-        Returns:
-            Value ``[tokens]``, and its gradient with respect to the student's (softened) logits ``[tokens, vocab]``.
-        """
-        with torch.enable_grad():
-            student = pair.student.detach().requires_grad_()
-            value = self.compare(student, pair.teacher)
-            (gradient,) = torch.autograd.grad(value.sum(), student)
-        return value.detach(), gradient - pair.student_probs * gradient.sum(-1, keepdim=True)
-
-
-class WeightedPerToken(Divergence):
-    """A divergence ``a * FKL + b * RKL``, whose gradient is known in closed form: the weights per token have none.
-
-    Subclasses give the weights and :meth:`compare`.
-    """
-
-    @abstractmethod
-    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
-        """``a`` and ``b``, each ``[tokens]``.
-
-        Args:
-            head_gap: ``[tokens]``.
-            tail_gap: ``[tokens]``.
-        """
-
-    def value(self, pair: F.Comparison) -> Tensor:
-        a, b = self.weights(pair.head_gap, pair.tail_gap)
-        return F.weighted(a, pair.fkl) + F.weighted(b, pair.rkl)
-
-    def value_and_gradient(self, pair: F.Comparison) -> tuple[Tensor, Tensor]:
-        """As in :class:`Divergence`: FKL's gradient is ``q - p``, RKL's is ``q * (log q - log p - RKL)``."""
-        a, b = self.weights(pair.head_gap, pair.tail_gap)
-        value = a * pair.fkl + b * pair.rkl
-        irregular = super().value_and_gradient(pair.rows(pair.irregular)) if pair.irregular.numel() else None
-        # q * (a - b * RKL - b * log_ratio) - a * p, in place: passes over the vocabulary are what a large one costs.
-        gradient = pair.log_ratio.mul_(-b[:, None]).add_((a - b * pair.rkl)[:, None]).mul_(pair.student_probs)
-        gradient.addcmul_(pair.teacher_probs, -a[:, None])
-        if irregular is not None:
-            value[pair.irregular], gradient[pair.irregular] = irregular
-        return value, gradient
-
-
-class AdaptiveKL(WeightedPerToken):
+class AdaptiveKL(Divergence):
     """Adaptive KL of arXiv 2404.02657: FKL and RKL weighted per token by where student and teacher still differ.
 
     Args:
         mu: teacher mass of the head, in (0, 1].
         head_rule: ``cover`` (the paper) or ``within`` (the authors' published code).
     """
+
+    pair = "adaptive_kl"
 
     def __init__(self, mu: float = 0.5, head_rule: HeadRule = "cover") -> None:
         super().__init__()
@@ -129,38 +96,34 @@ class AdaptiveKL(WeightedPerToken):
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.adaptive_kl_from_log_probs(student, teacher, self.mu, self.head_rule)
 
-    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
-        return F.adaptive_weights(head_gap, tail_gap)
 
-
-class ForwardKL(WeightedPerToken):
+class ForwardKL(Divergence):
     """Forward KL, ``KL(p‖q)``."""
 
+    pair = "forward_kl"
     has_reverse_part = False
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.forward_kl_from_log_probs(student, teacher)
 
-    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(head_gap), torch.zeros_like(head_gap)
 
-
-class ReverseKL(WeightedPerToken):
+class ReverseKL(Divergence):
     """Reverse KL, ``KL(q‖p)``."""
+
+    pair = "reverse_kl"
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.reverse_kl_from_log_probs(student, teacher)
 
-    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(head_gap), torch.ones_like(head_gap)
 
-
-class WeightedKL(WeightedPerToken):
+class WeightedKL(Divergence):
     """A fixed mix of forward and reverse KL.
 
     Args:
         forward_weight: weight of FKL, in [0, 1]; RKL gets the rest.
     """
+
+    pair = "weighted_kl"
 
     def __init__(self, forward_weight: float = 0.5) -> None:
         super().__init__()
@@ -168,11 +131,12 @@ class WeightedKL(WeightedPerToken):
         self.forward_weight = forward_weight
         self.has_reverse_part = forward_weight < 1
 
+    @property
+    def constant(self) -> float:
+        return self.forward_weight
+
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.weighted_kl_from_log_probs(student, teacher, self.forward_weight)
-
-    def weights(self, head_gap: Tensor, tail_gap: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.full_like(head_gap, self.forward_weight), torch.full_like(head_gap, 1 - self.forward_weight)
 
 
 class JensenShannon(Divergence):
@@ -182,10 +146,16 @@ class JensenShannon(Divergence):
         beta: weight of the teacher in the mixture, in (0, 1).
     """
 
+    pair = "jensen_shannon"
+
     def __init__(self, beta: float = 0.5) -> None:
         super().__init__()
         F.check_fraction("beta", beta, open_ends=True)
         self.beta = beta
+
+    @property
+    def constant(self) -> float:
+        return self.beta
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.jensen_shannon_from_log_probs(student, teacher, self.beta)
@@ -205,6 +175,14 @@ class SkewKL(Divergence):
         self.skew = skew
         self.reverse = self.has_reverse_part = reverse
 
+    @property
+    def pair(self) -> str:
+        return "skew_reverse_kl" if self.reverse else "skew_forward_kl"
+
+    @property
+    def constant(self) -> float:
+        return self.skew
+
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         compare = F.skew_reverse_kl_from_log_probs if self.reverse else F.skew_forward_kl_from_log_probs
         return compare(student, teacher, self.skew)
@@ -212,6 +190,8 @@ class SkewKL(Divergence):
 
 class TotalVariation(Divergence):
     """Total variation distance, half the sum of ``abs(p - q)``; f-DISTILL, arXiv 2307.15190."""
+
+    pair = "total_variation"
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.total_variation_from_log_probs(student, teacher)
@@ -223,7 +203,7 @@ def known_divergences() -> list[str]:
     while waiting:
         cls = waiting.pop()
         waiting += cls.__subclasses__()
-        # What jsonargparse makes of a default is a class of its own.
-        if not cls.__abstractmethods__ and not is_stand_in(cls):
+        # A class that changes nothing, as jsonargparse makes one of a default, is the divergence that it derives from.
+        if not cls.__abstractmethods__ and vars(cls).keys() & {"compare", "__init__"}:
             names.add(cls.__name__)
     return sorted(names)

@@ -1,16 +1,20 @@
 """Project hidden states onto the vocabulary and compare, a chunk of tokens at a time.
 
 The logits of a batch, ``[tokens, vocab]``, are the largest tensor of a distillation step and are needed for a moment
-only. Here they exist for one chunk: it is projected, compared, and the gradient with respect to its logits is folded at
-once into the gradients of hidden states and head. What stays is of the size of the inputs, and the backward pass only
+only. Here they exist for one chunk: it is projected, compared, and the gradient with respect to its logits is added at
+once to the gradients of hidden states and head. What stays is of the size of the inputs, and the backward pass only
 scales it. (Gradients in the forward pass, chunk by chunk: Liger-Kernel, arXiv 2410.10989.)
+
+Logits are never rounded below float32. On CUDA a product of half-precision factors comes out in float32, and the head's
+gradient is summed up in it; a CPU has no such product, so that there the factors are widened once, which is slower.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +23,34 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.compat import has_forward_hooks
 from akl_lightning.errors import UsageError
+from akl_lightning.products import MULTIPLE, add_product, columns_for, in_range, multiply, resized
 
-ChunkLoss = Callable[[Tensor, Tensor | None, Tensor, Tensor, bool], dict[str, Tensor]]
-"""Called with student logits and teacher logits ``[rows, vocab]`` in at least float32, labels ``[rows]``, memory to use
-as it likes ``[4, rows, vocab]``, and whether a gradient is wanted. Returns statistics ``[rows]`` by name, ``loss``
-among them, and overwrites the student's logits with the gradient of the summed loss; it may overwrite the teacher's."""
+_CPU_BYTES = 2**26
+"""Memory of a chunk's logits on each side, on a CPU; the products gain little from larger ones."""
 
-_LOGITS_BYTES = 2**26
-"""Memory of the logits of one chunk, on each side; the products gain little from larger ones."""
+_ROWS, _BYTES = 2048, 3 * 2**30
+"""Tokens of a chunk elsewhere (of an H200: 1,024 were 13 % slower, 4,096 no faster), and what all of its logits and
+their gradients may take."""
 
-_CACHE_BYTES = 2**21
-"""On a CPU, a chunk is compared in blocks of rows of this size, which stay in its caches from pass to pass."""
+
+class Compare(Protocol):
+    """What is done with the logits of a chunk."""
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, /, *, gradient: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Compare at every row.
+
+        Args:
+            student: logits ``[rows, vocab]`` in float32 or float64, of any row stride; may be overwritten.
+            teacher: likewise.
+            labels: ``[rows]``.
+            gradient: gets the gradient of the summed loss with respect to the student's logits, ``[rows, vocab]``,
+                perhaps in a lower precision; it may share the memory of ``student``. None where none is wanted.
+
+        Returns:
+            Statistics ``[rows]`` by name, ``loss`` among them.
+        """
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ def rows_of(logits: Logits, tokens: slice) -> Logits:
 
 
 def project_and_compare(
-    student: Logits, teacher: Logits | None, labels: Tensor, chunk_loss: ChunkLoss, chunk_size: int | None = None
+    student: Logits, teacher: Logits | None, labels: Tensor, compare: Compare, chunk_size: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compare student and teacher at every token without ever holding all logits.
 
@@ -98,8 +119,8 @@ def project_and_compare(
         student: gets gradients: its hidden states and the parameters of its head, or its logits.
         teacher: gets none; may be None.
         labels: ``[tokens]``.
-        chunk_loss: see :data:`ChunkLoss`.
-        chunk_size: tokens of a chunk, 1 or more; None for as many as have logits of 64 MiB.
+        compare: see :class:`Compare`.
+        chunk_size: tokens of a chunk, 1 or more; None for as many as suit the device.
 
     Returns:
         The loss, a scalar, summed over tokens and differentiable once; the statistics ``[tokens]`` by name, detached.
@@ -107,9 +128,10 @@ def project_and_compare(
     Raises:
         UsageError: a head that FSDP shards as a unit of its own.
 
-    >>> def squares(student, teacher, labels, scratch, with_gradient):
+    >>> def squares(student, teacher, labels, gradient):
     ...     loss = (student - teacher).square().sum(-1)
-    ...     student.sub_(teacher).mul_(2)  # the gradient
+    ...     if gradient is not None:
+    ...         torch.sub(2 * student, 2 * teacher, out=gradient)
     ...     return {"loss": loss}
     >>> student, teacher = torch.ones(5, 3, requires_grad=True), torch.zeros(5, 3)
     >>> loss, statistics = project_and_compare(student, teacher, torch.zeros(5), squares, chunk_size=2)
@@ -117,56 +139,48 @@ def project_and_compare(
     >>> loss.item(), statistics["loss"].tolist(), student.grad[0].tolist()
     (15.0, [3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0])
     """
-    side = _side(student, with_gradient=torch.is_grad_enabled())
-    other = None if teacher is None else _side(teacher, with_gradient=False)
-    names: list[str] = []
-
-    def walk() -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        with torch.autocast(labels.device.type, enabled=False):
-            statistics = _walk(side, other, labels, chunk_loss, chunk_size)
-        names.extend(statistics)
-        return statistics["loss"].sum(), list(statistics.values()), side.gradients
-
-    loss, *values = _GradientInForward.apply(walk, *side.inputs)
-    return loss, dict(zip(names, values, strict=True))
+    sides = [_side(logits) for logits in (student, teacher) if logits is not None]
+    vocab = min(side.outputs for side in sides)
+    sides[0].wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sides[0].inputs)
+    dtype = torch.promote_types(sides[0].inputs[0].dtype, torch.float32)
+    rows = min(chunk_size or _rows(vocab, dtype, labels.device, len(sides)), max(1, len(labels)))
+    return _GradientInForward.apply(sides, (rows, vocab, dtype), labels, compare, *sides[0].inputs)
 
 
-def _walk(
-    student: "_Side", teacher: "_Side | None", labels: Tensor, chunk_loss: ChunkLoss, chunk_size: int | None
-) -> dict[str, Tensor]:
-    tokens, width = len(labels), min(side.width for side in (student, teacher) if side is not None)
-    chunk_size = min(chunk_size or max(1, _LOGITS_BYTES // (4 * width)), max(1, tokens))
-    rows = chunk_size
-    if labels.device.type == "cpu":
-        rows = min(rows, max(1, _CACHE_BYTES // (4 * width)))
-    dtype = _at_least_float32(student.inputs[0].dtype)
-    for side in (student, teacher):
-        if side is not None:
-            side.prepare(torch.empty((chunk_size, width), dtype=dtype, device=labels.device))
-    scratch = torch.empty((4, rows, width), dtype=dtype, device=labels.device)
-    parts = []
-    for start in range(0, max(1, tokens), chunk_size):  # no tokens are one empty chunk: the statistics need names
-        chunk = slice(start, min(start + chunk_size, tokens))
-        logits, target = student.project(chunk), labels[chunk]
-        teacher_logits = None if teacher is None else teacher.project(chunk, logits)
-        for block in range(0, max(1, len(logits)), rows):
-            piece = slice(block, min(block + rows, len(logits)))
-            beside = None if teacher_logits is None else teacher_logits[piece]
-            memory = scratch[:, : len(target[piece])]
-            parts.append(chunk_loss(logits[piece], beside, target[piece], memory, student.wanted))
-        if student.wanted:
-            student.fold(chunk, logits)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _rows(vocab: int, dtype: torch.dtype, device: torch.device, sides: int) -> int:
+    """How many tokens make a chunk."""
+    if device.type == "cpu":
+        return max(1, _CPU_BYTES // (dtype.itemsize * vocab))
+    of_a_token = (dtype.itemsize * sides + 2) * vocab  # the gradient has two bytes, or takes the place of the logits
+    return max(1, min(_ROWS, _BYTES // of_a_token))
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, walk: Callable[[], Any], *inputs: Tensor) -> tuple[Tensor, ...]:
-        loss, statistics, gradients = walk()
+    def forward(
+        ctx: Any,
+        sides: "list[_Side]",
+        size: tuple[int, int, torch.dtype],
+        labels: Tensor,
+        compare: Compare,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        student, rows, parts = sides[0], size[0], []
+        with torch.autocast(labels.device.type, enabled=False), _name_the_remedy(rows):
+            for side in sides:
+                side.prepare(*size)
+            for start in range(0, max(1, len(labels)), rows):  # no tokens: an empty chunk, for the names
+                chunk = slice(start, min(start + rows, len(labels)))
+                logits = student.project(chunk, None)
+                teacher_logits = sides[1].project(chunk, logits) if len(sides) > 1 else None
+                gradient = student.gradient_of(logits) if student.wants_gradient else None
+                parts.append(compare(logits, teacher_logits, labels[chunk], gradient=gradient))
+                if gradient is not None:
+                    student.accumulate(chunk, gradient)
         ctx.dtypes = [tensor.dtype for tensor in inputs]
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*statistics)
-        return loss, *statistics
+        ctx.save_for_backward(*student.sums())
+        statistics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return statistics["loss"].sum(), statistics
 
     @staticmethod
     @once_differentiable
@@ -174,195 +188,212 @@ class _GradientInForward(torch.autograd.Function):
         # In place, which autograd notices: a second backward pass is its usual error, never a wrong gradient. A loss
         # scale (16-mixed) comes in here, before gradients are cut to the precision of the inputs.
         unscaled = scale.device.type == "cpu" and scale == 1  # elsewhere, looking would wait for the device
-        return None, *(
+        return (None,) * 4 + tuple(
             None if gradient is None else (gradient if unscaled else gradient.mul_(scale)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+
+
+@contextmanager
+def _name_the_remedy(rows: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"The logits of {rows:,} tokens existed at a time: a smaller criterion.chunk_size takes less.")
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # One side: ready-made logits, a linear head, or any other head
 
 
-def _inputs(logits: Tensor | Projection) -> tuple[Tensor, ...]:
-    """What may get a gradient."""
+def _side(logits: Logits) -> "_Side":
     if isinstance(logits, Tensor):
-        return (logits,)
-    # Frozen ones are left out where autograd does the work.
-    parameters = [p for p in logits.head.parameters() if p.requires_grad or _is_plain(logits.head)]
-    return (logits.hidden, *parameters)
-
-
-def _is_plain(head: nn.Module) -> bool:
-    return type(head) is nn.Linear and not has_forward_hooks(head)
-
-
-def _side(logits: Logits, with_gradient: bool) -> "_Side":
-    if isinstance(logits, Tensor):
-        return _Dense(_inputs(logits), with_gradient, logits.shape[-1])
+        return _ReadyMade((logits,), logits.shape[-1])
     if isinstance(logits, TopLogProbs):
-        return _Top((logits.log_probs, logits.tokens, logits.rest), with_gradient, logits.vocab_size)
+        return _TopAlone((logits.log_probs, logits.tokens, logits.rest), logits.vocab_size)
     if any(isinstance(module, FSDPModule) for module in logits.head.modules()):
         raise UsageError(
             "the output layer is an FSDP unit of its own, whose weight would be gathered chunk by chunk: shard it "
             "together with the root module instead."
         )
-    kind = _Linear if _is_plain(logits.head) else _Module
-    return kind(_inputs(logits), with_gradient, _width(logits), logits)
-
-
-def _width(projection: Projection) -> int:
-    weight = getattr(projection.head, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight.shape[0]
-    with torch.no_grad():
-        return projection.head(projection.hidden[:1]).shape[-1]
+    head = logits.head
+    if type(head) is nn.Linear and not has_forward_hooks(head):
+        return _LinearHead(logits, head)
+    return _ModuleHead(logits)
 
 
 class _Side(ABC):
-    """Gives logits chunk by chunk and takes back their gradients.
+    """The student's logits or the teacher's, chunk by chunk; the student's take their gradients back.
 
     Args:
         inputs: what may get a gradient.
-        with_gradient: whether those of them that require a gradient get one.
-        width: outputs, padding included.
-        projection: where the logits come from, unless they are the inputs.
+        outputs: size of the vocabulary, padding included.
     """
 
-    def __init__(
-        self, inputs: tuple[Tensor, ...], with_gradient: bool, width: int, projection: Projection | None = None
-    ) -> None:
+    wants_gradient = False
+    spare = 0
+    """Columns behind the vocabulary that a side wants for itself."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], outputs: int) -> None:
         self.inputs = inputs
-        self.width = width
-        self.gradients: list[Tensor | None] = [
-            torch.zeros_like(tensor, dtype=_at_least_float32(tensor.dtype))
-            if with_gradient and tensor.requires_grad
-            else None
-            for tensor in inputs
-        ]
-        self.wanted = any(gradient is not None for gradient in self.gradients)
-        if projection is not None:
-            self.head, self.soft_cap = projection.head, projection.soft_cap
-            device = projection.hidden.device.type
-            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            # As it is outside, where the head would be called; the walk is without.
-            self.autocast = partial(torch.autocast, device, dtype, enabled)
-            self.dtype = dtype if enabled else next(self.head.parameters(), projection.hidden).dtype
+        self.outputs = outputs
+        self.gradients: list[Tensor | None] = [None] * len(inputs)
 
-    def prepare(self, buffer: Tensor) -> None:
-        """Take the memory for the logits of one chunk, cut to the common width."""
-        self.buffer = buffer
-        self.cut = buffer.shape[1]
+    def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+        """Take the memory that is kept from chunk to chunk.
+
+        Args:
+            rows: tokens of a chunk.
+            vocab: outputs that both sides have.
+            dtype: of the logits.
+        """
+        device = self.inputs[0].device
+        self.vocab, self.columns = vocab, columns_for(vocab, device)
+        self.logits = torch.empty((rows, self.columns + self.spare), dtype=dtype, device=device)
+        if self.wants_gradient:
+            self.gradients = [self.zeros(tensor) if tensor.requires_grad else None for tensor in self.inputs]
+
+    def zeros(self, tensor: Tensor) -> Tensor:
+        """What the gradients of an input are added to."""
+        return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+    def sums(self) -> list[Tensor | None]:
+        """The gradients of the inputs, of those that get one."""
+        return self.gradients
 
     @abstractmethod
-    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
-        """Logits ``[rows, cut]`` in the buffer; a teacher is given the student's."""
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
+        """Logits ``[tokens of the chunk, vocab]``; a teacher's are given the student's."""
 
-    @abstractmethod
-    def fold(self, chunk: slice, gradient: Tensor) -> None:
-        """Add up the gradients of the inputs, given that of the logits ``[rows, cut]``, which may be overwritten."""
-
-
-class _Dense(_Side):
-    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
-        logits = self.inputs[0].detach()[chunk, : self.cut]
-        return self.buffer[: len(logits)].copy_(logits)
-
-    def fold(self, chunk: slice, gradient: Tensor) -> None:
-        if (total := self.gradients[0]) is not None:
-            total[chunk, : self.cut] = gradient
-
-
-class _Top(_Side):
-    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
-        assert student is not None
-        log_probs, tokens, rest = (tensor[chunk] for tensor in self.inputs)
-        logits = self.buffer[: len(log_probs)].copy_(student)
-        row, column = (tokens < self.cut).nonzero(as_tuple=True)  # the student may have fewer outputs
-        known = (row, tokens[row, column])
-        logits[known] = -torch.inf
-        logits += rest - logits.logsumexp(-1, keepdim=True)
-        logits[known] = log_probs[row, column].to(logits.dtype)
+    def gradient_of(self, logits: Tensor) -> Tensor:
+        """Where the gradient of these logits is wanted."""
         return logits
 
-    def fold(self, chunk: slice, gradient: Tensor) -> None:
-        raise NotImplementedError("a teacher's side gets no gradient")
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:  # noqa: B027 (a teacher has none)
+        """Add up the gradients of the inputs, given that of the logits, which may be overwritten."""
 
 
-class _Linear(_Side):
-    def prepare(self, buffer: Tensor) -> None:
-        super().prepare(buffer)
-        # Views, or one copy in the precision of the products; not one a chunk.
+class _ReadyMade(_Side):
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
+        given = self.inputs[0].detach()[chunk, : self.vocab]
+        logits = self.logits[: len(given), : self.vocab].copy_(given)
+        if given.dtype == torch.float16:  # what masks in it would be a number like any other
+            logits.masked_fill_(given <= torch.finfo(torch.float16).min, -torch.inf)
+        return logits
+
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        if (total := self.gradients[0]) is not None:
+            total[chunk, : self.vocab] = gradient
+
+
+class _TopAlone(_Side):
+    spare = MULTIPLE  # the student may have fewer outputs: what it lacks is written there, where nobody looks
+
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
+        assert student is not None
+        log_probs, tokens, rest = (tensor[chunk] for tensor in self.inputs)
+        whole = self.logits[: len(log_probs)]
+        logits, tokens = whole[:, : self.vocab].copy_(student), tokens.clamp(max=self.vocab)
+        whole.scatter_(-1, tokens, -torch.inf)
+        logits += rest - logits.logsumexp(-1, keepdim=True)
+        whole.scatter_(-1, tokens, log_probs.to(whole.dtype))
+        return logits
+
+
+class _LinearHead(_Side):
+    def __init__(self, projection: Projection, head: nn.Linear) -> None:
+        super().__init__((projection.hidden, *head.parameters()), len(head.weight))
+        self.soft_cap = projection.soft_cap
+        device = projection.hidden.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        if device != "cuda":  # elsewhere no product of lower precision comes out in float32
+            self.dtype = torch.promote_types(self.dtype, torch.float32)
+
+    def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+        super().prepare(rows, vocab, dtype)
+        # Views, or one copy in the precision of the products and with as many rows as columns; not one a chunk.
         hidden, weight, *bias = (tensor.detach() for tensor in self.inputs)
-        self.hidden, self.weight = hidden.to(self.dtype), weight[: self.cut].to(self.dtype)
-        self.bias = bias[0][: self.cut].to(self.dtype) if bias else None
+        self.hidden, self.weight = hidden.to(self.dtype), resized(weight.to(self.dtype), self.columns)
+        self.bias = resized(bias[0].to(dtype), self.columns) if bias else None
+        # In the precision of the products, but where more is done to it before it enters them.
+        in_place = self.dtype in (dtype, torch.float16) or self.soft_cap is not None
+        self.gradient = self.logits
+        if self.wants_gradient and not in_place:
+            self.gradient = torch.empty_like(self.logits, dtype=self.dtype)
 
-    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
+    def zeros(self, tensor: Tensor) -> Tensor:
+        if tensor is self.inputs[0] or len(tensor) >= self.columns:
+            return super().zeros(tensor)
+        return super().zeros(tensor.detach()[:1].expand(self.columns, *tensor.shape[1:]))
+
+    def sums(self) -> list[Tensor | None]:
+        pairs = zip(self.gradients, self.inputs, strict=True)
+        return [None if total is None else total[: len(tensor)] for total, tensor in pairs]
+
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         hidden = self.hidden[chunk]
-        buffer = self.buffer[: len(hidden)]
-        logits = buffer if buffer.dtype == self.dtype else self.weight.new_empty(buffer.shape)
-        torch.mm(hidden, self.weight.T, out=logits)
+        logits = self.logits[: len(hidden)]
+        multiply(hidden, self.weight.T, out=logits)
         if self.bias is not None:
             logits += self.bias
         if self.soft_cap is not None:
             logits.div_(self.soft_cap).tanh_()
-            self.tanh = logits.clone() if self.wanted else None
+            self.tanh = logits.clone() if self.wants_gradient else None
             logits.mul_(self.soft_cap)
-        return logits if logits is buffer else buffer.copy_(logits)
+        return logits[:, : self.vocab]
 
-    def fold(self, chunk: slice, gradient: Tensor) -> None:
+    def gradient_of(self, logits: Tensor) -> Tensor:
+        return self.gradient[: len(logits), : self.vocab]
+
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        hidden = self.hidden[chunk]
+        gradient = self.gradient[: len(hidden)]  # with the columns behind the vocabulary
+        gradient[:, self.vocab :] = 0
         if self.soft_cap is not None and self.tanh is not None:
             gradient.addcmul_(gradient, self.tanh.square_(), value=-1)
         of_hidden, of_weight, *of_bias = self.gradients
         if of_bias and of_bias[0] is not None:
-            of_bias[0][: self.cut] += gradient.sum(0)
-        hidden = self.hidden[chunk]
-        low, scale = _lower(gradient, self.dtype, hidden)
+            of_bias[0][: self.columns] += gradient.sum(0, dtype=of_bias[0].dtype)
+        factor, scale = in_range(gradient, self.dtype, hidden)
         if of_hidden is not None:
-            of_hidden[chunk] = _rescale(torch.mm(low, self.weight), scale)
-        if of_weight is not None and of_weight.dtype == self.dtype:
-            of_weight[: self.cut].addmm_(low.T, hidden)
-        elif of_weight is not None:
-            of_weight[: self.cut] += _rescale(torch.mm(low.T, hidden), scale)
+            multiply(factor, self.weight, out=of_hidden[chunk])
+            if scale is not None:
+                of_hidden[chunk] *= scale
+        if of_weight is not None:
+            add_product(of_weight[: self.columns], factor.T, hidden, scale)
 
 
-class _Module(_Side):
-    logits: Tensor | None
+class _ModuleHead(_Side):
+    """Autograd does the work, in the precision that the module chooses; the logits have it, too."""
 
-    def project(self, chunk: slice, student: Tensor | None = None) -> Tensor:
-        with torch.set_grad_enabled(self.wanted), self.autocast():
-            self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wanted)
-            self.logits = self.head(self.hidden)[:, : self.cut]
+    def __init__(self, projection: Projection) -> None:
+        # Frozen parameters are left out, which autograd would refuse.
+        trained = [parameter for parameter in projection.head.parameters() if parameter.requires_grad]
+        weight = getattr(projection.head, "weight", None)
+        if not isinstance(weight, Tensor):
+            with torch.no_grad():
+                weight = projection.head(projection.hidden[:1]).T
+        super().__init__((projection.hidden, *trained), len(weight))
+        self.head, self.soft_cap = projection.head, projection.soft_cap
+        device = projection.hidden.device.type
+        # As it is outside, where the head would be called; the walk is without.
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.autocast = partial(torch.autocast, device, dtype, enabled)
+
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
+        with torch.set_grad_enabled(self.wants_gradient), self.autocast():
+            self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wants_gradient)
+            self.own: Tensor | None = self.head(self.hidden)[:, : self.vocab]
             if self.soft_cap is not None:
-                self.logits = torch.tanh(self.logits / self.soft_cap) * self.soft_cap
-        return self.buffer[: len(self.hidden)].copy_(self.logits.detach())
+                self.own = torch.tanh(self.own / self.soft_cap) * self.soft_cap
+        return self.logits[: len(self.hidden), : self.vocab].copy_(self.own.detach())
 
-    def fold(self, chunk: slice, gradient: Tensor) -> None:
-        assert self.logits is not None
-        low, scale = _lower(gradient, self.logits.dtype, self.hidden.detach())
-        parts = torch.autograd.grad(self.logits, (self.hidden, *self.inputs[1:]), low, allow_unused=True)
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        assert self.own is not None
+        factor, scale = in_range(gradient, self.own.dtype, self.hidden.detach())
+        parts = torch.autograd.grad(self.own, (self.hidden, *self.inputs[1:]), factor, allow_unused=True)
         for index, (part, total) in enumerate(zip(parts, self.gradients, strict=True)):
             if part is not None and total is not None:
-                (total[chunk] if index == 0 else total).add_(_rescale(part, scale))
-        self.logits = None  # and with it the graph
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _lower(gradient: Tensor, dtype: torch.dtype, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradient in the precision of the products, and what these are to be multiplied with.
-
-    float16 has so small a range that the largest gradient is brought to 1, where small ones do not vanish, or below,
-    where the products with the hidden states do not overflow.
-    """
-    if dtype != torch.float16 or not gradient.numel():
-        return gradient.to(dtype), None
-    peak = gradient.abs().amax().clamp(min=torch.finfo(gradient.dtype).tiny)
-    scale = peak * (len(hidden) / 2**15 * hidden.abs().amax().to(peak.dtype)).clamp(min=1)
-    return gradient.div_(scale).to(dtype), scale
-
-
-def _rescale(product: Tensor, scale: Tensor | None) -> Tensor:
-    return product if scale is None else product.to(scale.dtype) * scale
+                (total[chunk] if index == 0 else total).add_(part if scale is None else part.to(scale.dtype) * scale)
+        self.own = None  # and with it the graph

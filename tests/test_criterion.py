@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from akl_lightning import functional as F
-from akl_lightning.criterion import STATISTICS, DistillationCriterion
+from akl_lightning.criterion import STATISTICS, DistillationCriterion, as_mask
 from akl_lightning.divergences import (
     AdaptiveKL,
     Divergence,
@@ -80,10 +80,37 @@ def test_a_batch_without_response_tokens_adds_nothing() -> None:
 
 
 def test_response_positions_predict_the_labels() -> None:
-    labels = torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]])
-    positions, labels = DistillationCriterion().response_positions(labels)
-    assert positions.tolist() == [1, 2, 4 + 2]
+    batch = torch.tensor([[-100, -100, 5, 6], [7, -100, -100, 8]])
+    positions, labels = DistillationCriterion().response_positions(batch)
+    assert positions.dtype == torch.int64 and positions.tolist() == [1, 2, 6]
     assert labels.tolist() == [5, 6, 8]
+    assert as_mask(positions, batch).tolist() == [[False, True, True, False], [False, False, True, False]]
+
+
+def test_logits_of_whole_sequences_are_refused() -> None:
+    dense, labels = torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(UsageError, match=r"student logits \[2, 3, 7\] with labels \[2, 3\]: pass logits"):
+        DistillationCriterion()(dense, dense, labels)
+    with pytest.raises(UsageError, match=r"teacher logits .* pass logits \[tokens, vocab\]"):
+        DistillationCriterion()(dense.flatten(0, 1), dense, labels.flatten())
+
+
+def test_a_subclass_with_a_value_of_its_own_is_not_taken_for_its_parent() -> None:
+    class Doubled(ForwardKL):
+        def compare(self, student, teacher):
+            return 2 * super().compare(student, teacher)
+
+    class Renamed(WeightedKL):
+        def __init__(self) -> None:
+            super().__init__(0.9)
+
+    assert Doubled().pair is None and Renamed().pair == "weighted_kl" and Renamed().constant == 0.9
+    student = STUDENT.clone().requires_grad_()
+    output = DistillationCriterion(Doubled(), alpha=1.0)(student, TEACHER, LABELS)
+    output.loss.backward()
+    assert torch.allclose(output.statistics["divergence"], 2 * F.forward_kl(STUDENT, TEACHER))
+    assert torch.allclose(student.grad, 2 * (STUDENT.softmax(-1) - TEACHER.softmax(-1)))
+    assert {"Doubled", "Renamed"} <= set(known_divergences())
 
 
 def test_a_weight_of_zero_switches_its_part_off() -> None:

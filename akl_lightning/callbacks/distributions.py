@@ -78,7 +78,7 @@ class DistributionPlot(Callback):
             student[tokens].tolist(),
             teacher[tokens].tolist(),
             in_head[tokens].tolist(),
-            head=f"head: {in_head.sum():,} of {len(teacher):,} tokens, {teacher[in_head].sum():.0%} of p",
+            head=f"head: {in_head.sum():,.3g} of {len(teacher):,} tokens, {(teacher * in_head).sum():.0%} of p",
             context=str(tokenizer.decode(before, skip_special_tokens=True)),
             expected=word(tokenizer, int(rows[0].labels[position])),
         )
@@ -114,7 +114,7 @@ def draw_distributions(
     words: Sequence[str],
     student: Sequence[float],
     teacher: Sequence[float],
-    in_head: Sequence[bool],
+    in_head: Sequence[float],
     head: str,
     context: str,
     expected: str,
@@ -125,7 +125,7 @@ def draw_distributions(
         words: the tokens, in descending order of the teacher's probability.
         student: its probabilities.
         teacher: likewise.
-        in_head: whether the token belongs to the head.
+        in_head: how far the token belongs to the head, in [0, 1].
         head: what the legend says of the head.
         context: what was read before the position; its end is shown.
         expected: the word that the data has there.
@@ -136,7 +136,8 @@ def draw_distributions(
     for place in places:
         if in_head[place]:
             label = None if any(in_head[:place]) else head
-            axes.axhspan(place - 0.5, place + 0.5, color=HEAD, alpha=0.13, linewidth=0, label=label)
+            alpha = 0.13 * in_head[place]
+            axes.axhspan(place - 0.5, place + 0.5, color=HEAD, alpha=alpha, linewidth=0, label=label)
     axes.barh([place - 0.19 for place in places], teacher, 0.36, color="#3b3b3b", label="teacher, p")
     axes.barh([place + 0.19 for place in places], student, 0.36, color="#009e73", label="student, q")
     axes.set_yticks(places, words, parse_math=False)

@@ -1,0 +1,155 @@
+"""Each divergence as a pair of formulas: what it sums up over the vocabulary, and the slope of that.
+
+A divergence is a sum of ``g(p, q)`` over the vocabulary. With ``c``, the slope of ``g`` in ``q`` with all weights held,
+its gradient with respect to the student's logits is ``q (c - Σ q c)``. A pair is called with
+
+- ``log_ratio``: ``log p - log q``, ``[rows, vocab]``; 0 where the token is masked on both sides, ``+inf`` where the
+  student's alone is, ``-inf`` where the teacher's is,
+- ``p``, ``q``: ``[rows, vocab]``,
+- ``a``, ``b``: its two weights, numbers or ``[rows, 1]``, without gradient,
+
+and returns ``g`` and ``q c``, each ``[rows, vocab]``. What is constant over a row's tokens may be left out of ``c``: it
+has no part in the gradient. Ratios are handed over rather than two logarithms, because near the teacher the difference
+of these has lost the digits that the ratio has. The same pairs stand, under the same names, in the Triton kernel.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from akl_lightning.functional import HeadRule, adaptive_weights
+
+Weight = Tensor | float
+Pair = Callable[[Tensor, Tensor, Tensor, Weight, Weight], tuple[Tensor, Tensor]]
+
+
+class Comparison(NamedTuple):
+    """How the logits of student and teacher are to be compared."""
+
+    pair: str | None
+    """A key of :data:`PAIRS`; None where the divergence is none of ours, and whoever calls adds its value."""
+
+    constant: float = 0.0
+    """The divergence's own: ``forward_weight``, ``beta`` or ``skew``; 0 where it has none."""
+
+    alpha: float = 0.5
+    """Weight of the divergence; cross entropy has the rest."""
+
+    temperature: float = 1.0
+    """Softens both; the divergence is scaled by its square."""
+
+    mu: float = 0.5
+    """Teacher mass of the head, in (0, 1]."""
+
+    head_rule: HeadRule = "cover"
+    """How the head is cut."""
+
+
+MIXES = ("forward_kl", "reverse_kl", "weighted_kl", "adaptive_kl")
+"""The pairs that are ``a * FKL + b * RKL``."""
+
+
+def weights(how: Comparison, head_gap: Tensor, tail_gap: Tensor) -> tuple[Weight, Weight]:
+    """The two weights of a divergence.
+
+    Args:
+        how: names the divergence.
+        head_gap: ``[rows]``.
+        tail_gap: ``[rows]``.
+
+    Returns:
+        Those of FKL and RKL, each ``[rows]``, for one of :data:`MIXES`; else the constant, and 1 minus it.
+    """
+    if how.pair == "adaptive_kl":
+        return adaptive_weights(head_gap, tail_gap)
+    forward = {"forward_kl": 1.0, "reverse_kl": 0.0}.get(str(how.pair), how.constant)
+    if how.pair in MIXES:
+        return torch.full_like(head_gap, forward), torch.full_like(head_gap, 1 - forward)
+    return forward, 1 - forward
+
+
+def forward_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 1.0, b: Weight = 0.0) -> tuple[Tensor, Tensor]:
+    """``g = p log(p / q)``."""
+    return _times(p, log_ratio), -p
+
+
+def reverse_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 0.0, b: Weight = 1.0) -> tuple[Tensor, Tensor]:
+    """``g = q log(q / p)``; a token that the teacher masks makes it infinite and is left out of the slope.
+
+    Of the slope ``log(q / p) + 1`` the 1 is dropped, which would cost the digits of small ratios; where the token is
+    left out, what remains is -1.
+    """
+    return _times(q, -log_ratio), _times(q, (-log_ratio).masked_fill(log_ratio == -torch.inf, -1.0))
+
+
+def weighted_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
+    """``a`` times the forward pair and ``b`` times the reverse one."""
+    pairs = zip(forward_kl(log_ratio, p, q), reverse_kl(log_ratio, p, q), strict=True)
+    g, slope = (_times(a, forward) + _times(b, reverse) for forward, reverse in pairs)
+    return g, slope
+
+
+def jensen_shannon(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
+    """``g = a p log(p / m) + b q log(q / m)`` with ``m = a p + b q``."""
+    to_p, to_q = _log_mix(log_ratio, float(a))
+    of_q = _times(q, to_q) * -b
+    return of_q - _times(p, to_p) * a, of_q
+
+
+def skew_forward_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
+    """``g = p log(p / m)`` with ``m = a p + b q``, so that ``q c = -b q p / m``."""
+    if a == 0:
+        return forward_kl(log_ratio, p, q)
+    to_p, to_q = _log_mix(log_ratio, float(a))
+    return -_times(p, to_p), _times(p, torch.exp(-to_q)) * -b
+
+
+def skew_reverse_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
+    """``g = q log(q / m)`` with ``m = a q + b p``, so that ``c = log(q / m) + 1 - a q / m``, here less its constant."""
+    if a == 0:
+        return reverse_kl(log_ratio, p, q)
+    log_q_over_m = -_log_mix(log_ratio, float(b))[1]
+    return _times(q, log_q_over_m), _times(q, log_q_over_m - torch.expm1(log_q_over_m) * a)
+
+
+def total_variation(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 0.0, b: Weight = 0.0) -> tuple[Tensor, Tensor]:
+    """``g = abs(p - q) / 2``."""
+    gap = q - p
+    return gap.abs() / 2, gap.sign() * q / 2
+
+
+PAIRS: dict[str, Pair] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "weighted_kl": weighted_kl,
+    "adaptive_kl": weighted_kl,
+    "jensen_shannon": jensen_shannon,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+}
+
+
+def _times(weight: Weight, value: Tensor) -> Tensor:
+    """The product, where zero times anything is 0."""
+    if not isinstance(weight, Tensor):
+        return weight * value if weight else torch.zeros_like(value)
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+def _log_mix(log_ratio: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """``log(m / p)`` and ``log(m / q)`` with ``m = share p + (1 - share) q``.
+
+    Both from the larger of ``p`` and ``q``: ``log(m / max(p, q))``, which is near 0 where the two are alike, keeps the
+    digits of their ratio as ``log1p(w expm1(-abs(log_ratio)))``, ``w`` the weight of the smaller.
+    """
+    away = -log_ratio.abs()
+    if 2**-7 <= share <= 1 - 2**-7:
+        smaller = torch.where(log_ratio > 0, 1 - share, share)
+        to_larger = torch.log1p(smaller * torch.expm1(away))
+    else:  # w is so close to 1 that the sum would lose its digits
+        larger = torch.where(log_ratio > 0, share, 1 - share)
+        to_larger = torch.log(larger + (1 - larger) * torch.exp(away))
+    return to_larger + (-log_ratio).clamp(min=0), to_larger + log_ratio.clamp(min=0)

@@ -1,0 +1,90 @@
+"""The Triton kernel is compiled for each architecture, without a GPU: its registers, and that none is spilled.
+
+``python -m tests.kernels.test_triton_ahead`` prints a longer list.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from akl_lightning.kernels import triton as kernel
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+INTEGERS = ("vocab", "rows", "s_stride", "t_stride", "g_stride", "within", "adaptive")
+ALIGNED = ("S", "T", "G", "LABELS", "OUT", "s_stride", "t_stride", "g_stride")
+
+
+def registers_and_stack(
+    folder: Path, architecture: int, pair: str | None = None, vocab: int = 151_936, softened: bool = False,
+    gradient: str | None = "bf16", logits: str = "fp32", teacher: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """Registers a thread and bytes of stack, where spilled registers go."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = kernel._compare if teacher else kernel._cross_entropy
+    layout = kernel._launch(vocab, kernel.PAIRS.get(pair))
+    constants: dict[str, Any] = {
+        "PAIR": kernel.PAIRS.get(pair), "SOFTENED": softened, "GRADIENT": gradient is not None, "BLOCK": layout.block,
+        "STAGES": layout.stages, "UNROLL": layout.unroll, "BACKWARDS": layout.backwards, "KEEP": layout.keep,
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants
+        else f"*{pointers[name]}" if name in pointers
+        else "i32" if name in INTEGERS
+        else "fp32"
+        for name in function.arg_names
+    }  # fmt: skip
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if name in ALIGNED}
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    options = {"num_warps": layout.warps, "enable_fp_fusion": True, "maxnreg": layout.registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    return int(registers), int(stack)
+
+
+VARIANTS = [
+    *({"architecture": architecture} for architecture in (80, 90, 100)),
+    *({"architecture": 90, "pair": pair} for pair in kernel.PAIRS),
+    {"architecture": 90, "softened": True},
+    {"architecture": 90, "gradient": None},
+    {"architecture": 90, "logits": "bf16"},
+    {"architecture": 90, "vocab": 50_257, "gradient": "fp32"},
+    {"architecture": 90, "teacher": False},
+]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+def test_no_register_is_spilled(variant: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    registers, stack = registers_and_stack(tmp_path, **variant)
+    print(variant, registers, "registers")
+    assert registers and not stack
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TRITON_CACHE_DIR"] = scratch
+        every = itertools.product(
+            (80, 90, 100), (None, *kernel.PAIRS), (50_257, 151_936), (False, True), ("bf16", None), ("fp32", "bf16")
+        )
+        for architecture, pair, vocab, softened, gradient, logits in every:
+            used = registers_and_stack(Path(scratch), architecture, pair, vocab, softened, gradient, logits)
+            print(
+                f"sm_{architecture} {pair or 'a FKL + b RKL'} {vocab} softened {softened} gradient {gradient} "
+                f"logits {logits}: {used[0]} registers, {used[1]} bytes of stack", flush=True,
+            )  # fmt: skip
