@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_imports_have_no_cycle(name: str) -> None:
 
 
 def test_imports_point_one_way() -> None:
-    for lower, upper in zip(LAYERS, LAYERS[1:], strict=False):
+    for lower, upper in pairwise(LAYERS):
         assert lower in reached(upper), f"{upper} does not build on {lower}"
         assert upper not in reached(lower), f"{lower} imports {upper}"
     assert not {"divergences", "criterion"} & reached("projection"), "the projection knows no divergence"
