@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,6 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from jsonargparse.typing import SecretStr
@@ -410,9 +410,7 @@ def test_waits_double_and_retry_after_is_obeyed(serve: Any, tmp_path: Path, monk
 
 
 def test_retry_after() -> None:
-    def seconds(value: str) -> float:
-        return chat._retry_after(httpx2.Response(429, headers={"Retry-After": value}))
-
+    seconds = chat.seconds_to_wait
     assert seconds("7") == 7 and seconds("0.5") == 0.5
     assert seconds("-1") == seconds("nan") == seconds("") == seconds("soon") == 0
     assert 28 < seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)) <= 30
@@ -570,11 +568,9 @@ def test_a_full_disk_leaves_no_half_a_line(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     replies.add("three", Reply("8 7", False, "m", 1, 2))
-    replies.close()
     again = ReplyFile(replies.path)
     assert again.get("one") and again.get("two") is None and again.get("three") == Reply("8 7", False, "m", 1, 2)
     assert not again.damaged
-    again.close()
 
 
 def test_a_file_of_replies_that_was_tampered_with(tmp_path: Path) -> None:
@@ -584,7 +580,6 @@ def test_a_file_of_replies_that_was_tampered_with(tmp_path: Path) -> None:
     (tmp_path / "replies.jsonl").write_bytes(content)
     replies = ReplyFile(tmp_path / "replies.jsonl")
     assert replies.get("x") and replies.damaged == [2, 3, 4, 5, 6, 7, 8]
-    replies.close()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -613,9 +608,9 @@ def smollm2(tmp_path: Path) -> Iterator[tuple[str, str]]:
         deadline = time.monotonic() + 120
         while True:
             try:
-                if httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    break
-            except httpx2.TransportError:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
                 pass
             log.seek(0)
             assert server.poll() is None and time.monotonic() < deadline, log.read()
