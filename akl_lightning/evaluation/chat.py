@@ -52,9 +52,10 @@ class ReplyFile(dict[str, Reply]):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.damaged, line = path, list[int](), b"\n"
-        """The numbers of the lines that are passed over are in ``damaged``."""
-        types = {"key": str, **get_type_hints(Reply)}
+        self.path = path
+        self.damaged: list[int] = []
+        """Numbers of the lines that are passed over."""
+        types, line = {"key": str, **get_type_hints(Reply)}, b"\n"
         path.touch()
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -216,12 +217,14 @@ class Asking:
         self.over, self.settled = asyncio.Event(), asyncio.Event()
         self.on_the_way: list[float] = []  # what each request may cost at most
         self.retries = self.failed_in_a_row = 0
+        self.secret = "" if endpoint.api_key is None else endpoint.api_key.get_secret_value()
 
     async def run(self) -> None:
         """Ask until there is nothing more to ask, or no more may be asked."""
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-        loop, before = asyncio.get_running_loop(), {}
+        loop = asyncio.get_running_loop()
+        before: dict[int, Any] = {}
 
         def put_back() -> None:
             for number, handler in before.items():
@@ -266,9 +269,9 @@ class Asking:
 
     async def work(self) -> None:
         """Get the reply to one request after the other, or note why there is none."""
-        from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-        def wait(state: RetryCallState) -> float:
+        def wait(state: Any) -> float:
             back_off = wait_exponential(FIRST_WAIT, LONGEST_BACK_OFF)(state) * _jitter.uniform(0.5, 1)
             return max(back_off, state.outcome.exception().wait)
 
@@ -315,9 +318,8 @@ class Asking:
         cost = most = self.endpoint.price(len(body), self.endpoint.max_tokens)  # no token is shorter than a byte
         if not await self.reserve(most):
             return
-        secret = self.endpoint.api_key.get_secret_value()
         # Said each time, since the environment may have another key for the client, which is not this endpoint's.
-        headers = {"Authorization": f"Bearer {secret}" if secret else Omit()}
+        headers = {"Authorization": f"Bearer {self.secret}" if self.secret else Omit()}
         try:
             async with asyncio.timeout(self.endpoint.timeout):
                 completion = await self.client.post(
@@ -374,9 +376,8 @@ class Asking:
 
     def without_key(self, text: str) -> str:
         """A text of the endpoint, which may well repeat the key."""
-        key = self.endpoint.api_key.get_secret_value()
-        if len(key) >= SHORTEST_KEY:
-            for spelling in (key, json.dumps(key)[1:-1]):
+        if len(self.secret) >= SHORTEST_KEY:
+            for spelling in (self.secret, json.dumps(self.secret)[1:-1]):
                 text = text.replace(spelling, "[key]")
         return text
 

@@ -159,7 +159,7 @@ def pair_answers(a: Mapping[Prompt, str], b: Mapping[Prompt, str], names: tuple[
         UsageError: there is no pair.
     """
     pairs = [AnswerPair(prompt, a[prompt], b[prompt]) for prompt in a if prompt in b]
-    for mine, theirs, here, there in ((a, b, *names), (b, a, *reversed(names))):
+    for mine, theirs, here, there in ((a, b, names[0], names[1]), (b, a, names[1], names[0])):
         alone = [f"{prompt[0][:60]!r} with seed {prompt[2]}" for prompt in mine if prompt not in theirs]
         if alone and not pairs:
             raise UsageError(
@@ -218,9 +218,9 @@ def judge(answers_a: str, answers_b: str, endpoint: ChatEndpoint, output: str = 
             asked = [pair.messages() for pair in pairs]
             asking = endpoint.ask((messages for both in asked for messages in both), replies)
             answered = [[replies.get(endpoint.key(messages)) for messages in both] for both in asked]
-            result = {"settings": settings, **_result(pairs, answered)}
-            result["answers"] |= {"a": answers_a, "b": answers_b}
-            result["answers"] |= {"unpaired_a": len(a) - len(pairs), "unpaired_b": len(b) - len(pairs)}
+            files = {"a": answers_a, "b": answers_b}
+            unpaired = {"unpaired_a": len(a) - len(pairs), "unpaired_b": len(b) - len(pairs)}
+            result = {"settings": settings, **_result(pairs, answered, {**files, **unpaired})}
             path = earlier.get(result["answers"]["digest"]) or free_path(folder / "result.json")
             with atomic_file(path) as file:
                 file.write_text(json.dumps(result, indent=2, allow_nan=False))
@@ -267,13 +267,16 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _result(pairs: Sequence[AnswerPair], answered: Sequence[Sequence[Reply | None]]) -> dict[str, Any]:
+def _result(
+    pairs: Sequence[AnswerPair], answered: Sequence[Sequence[Reply | None]], files: dict[str, Any]
+) -> dict[str, Any]:
     verdicts = [verdict(replies) for replies in answered]
     counts = Counter(said for said, _ in verdicts)
     judged = sum(counts[name] for name in VERDICTS)
     got = [reply for replies in answered for reply in replies if reply is not None]
     return {
         "answers": {
+            **files,
             "digest": _digest([[*pair.prompt, pair.a, pair.b] for pair in pairs]),
             "empty_a": sum(not pair.a.strip() for pair in pairs),
             "empty_b": sum(not pair.b.strip() for pair in pairs),
