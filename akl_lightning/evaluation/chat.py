@@ -171,8 +171,8 @@ class ChatEndpoint:
 
     def body(self, messages: Messages) -> bytes:
         """The JSON of a request."""
-        body: dict[str, Any] = {name: value for name, value in self.settings.items() if name != "base_url"}
-        body["messages"] = [{"role": role, "content": content} for role, content in messages]
+        said = [{"role": role, "content": content} for role, content in messages]
+        body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens, "messages": said}
         return json.dumps(body).encode()
 
     def key(self, messages: Messages) -> str:
@@ -237,10 +237,8 @@ class Asking:
         with suppress(ValueError):  # not in the main thread
             before |= {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         # A redirect would take the key elsewhere, and neither budget nor time would see the client's own retries.
-        http = DefaultAsyncHttpxClient(follow_redirects=False)
-        client = AsyncOpenAI(
-            api_key="-", base_url=self.endpoint.base_url, timeout=None, max_retries=0, http_client=http
-        )
+        http, url = DefaultAsyncHttpxClient(follow_redirects=False), self.endpoint.base_url
+        client = AsyncOpenAI(api_key="-", base_url=url, timeout=None, max_retries=0, http_client=http)
         try:
             async with client as self.client:
                 await asyncio.gather(*(self.work() for _ in range(self.workers)))
@@ -255,8 +253,7 @@ class Asking:
 
     def is_late(self, seconds: float = 0.0) -> bool:
         """Whether time is up so many seconds from now; then this ends."""
-        late = time.monotonic() + seconds >= self.deadline
-        if late:
+        if late := time.monotonic() + seconds >= self.deadline:
             self.stop(f"max_seconds = {self.endpoint.max_seconds:g} are over")
         return late
 
@@ -318,7 +315,7 @@ class Asking:
         cost = most = self.endpoint.price(len(body), self.endpoint.max_tokens)  # no token is shorter than a byte
         if not await self.reserve(most):
             return
-        # Said each time, since the environment may have another key for the client, which is not this endpoint's.
+        # Said each time: the environment may have another key for the client, which is not for this endpoint.
         headers = {"Authorization": f"Bearer {self.secret}" if self.secret else Omit()}
         try:
             async with asyncio.timeout(self.endpoint.timeout):
@@ -351,10 +348,10 @@ class Asking:
 
     def reply(self, completion: Any) -> Reply:
         """What is of use in a chat completion, none of which the client has checked."""
-        choice, usage, model = completion.choices[0], completion.usage, getattr(completion, "model", None)
+        choice, model = completion.choices[0], getattr(completion, "model", None)
         if not isinstance(text := choice.message.content, str | None):
             raise TypeError
-        tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        tokens = [getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         prompt_tokens, completion_tokens = (n if type(n) is int and 0 <= n < 2**63 else None for n in tokens)
         cut = getattr(choice, "finish_reason", None) == "length"
         model = self.without_key(model) if isinstance(model, str) else None

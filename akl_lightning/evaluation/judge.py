@@ -278,8 +278,7 @@ def _result(
         "answers": {
             **files,
             "digest": _digest([[*pair.prompt, pair.a, pair.b] for pair in pairs]),
-            "empty_a": sum(not pair.a.strip() for pair in pairs),
-            "empty_b": sum(not pair.b.strip() for pair in pairs),
+            **{f"empty_{model}": sum(not getattr(pair, model).strip() for pair in pairs) for model in "ab"},
         },
         "pairs": len(pairs),
         **{
