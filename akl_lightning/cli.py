@@ -22,9 +22,7 @@ from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.chat import ChatEndpoint
 from akl_lightning.evaluation.generate import AnswerWriter
-from akl_lightning.evaluation.judge import judge
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
@@ -224,6 +222,9 @@ def generate(args: list[str]) -> None:
 
 def judge_answers(args: list[str]) -> None:
     """Let a judge model compare two models' answers: ``akl judge``."""
+    from akl_lightning.evaluation.chat import ChatEndpoint
+    from akl_lightning.evaluation.judge import judge
+
     parser = OneSentenceParser(prog="akl judge", description="Let a judge model compare the answers of two models.")
     parser.add_function_arguments(judge, skip={"endpoint"}, as_positional=True)
     names = parser.add_class_arguments(ChatEndpoint)

@@ -8,28 +8,20 @@ place; the mean of both decides. The prompt is that of Vicuna's evaluation, of F
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from tqdm.auto import tqdm
 
 from akl_lightning.checkpoint import atomic_file, free_path
 from akl_lightning.data.sources import json_lines
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.chat import ChatEndpoint, Messages, Outcome, Reply, ReplyFile
+from akl_lightning.evaluation.chat import ChatEndpoint, Messages, Reply, ReplyFile
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 """The system message."""
@@ -61,33 +53,25 @@ presented does not affect your judgment."""
 VERDICTS = ("win", "tie", "loss")
 """Of the first model against the second."""
 
-SETTINGS, REPLIES, RESULT = "settings.json", "replies.jsonl", "result.json"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# One comparison
-
 Prompt = tuple[str, str, int | None, int]
 """Instruction, input, seed, and a number that tells lines apart that are equal in all three."""
 
 Scores = tuple[Decimal, Decimal]
 
 
-@dataclass(frozen=True)
-class AnswerPair:
+class AnswerPair(NamedTuple):
     """The answers of two models to one prompt."""
 
     prompt: Prompt
     a: str
     b: str
 
-    def messages(self) -> tuple[Messages, Messages]:
+    def messages(self) -> list[Messages]:
         """What the judge is asked, with ``a`` first and with ``b`` first."""
         instruction, input, *_ = self.prompt
         question = f"{instruction}\n\n{input}" if input else instruction
-        orders = ((self.a, self.b), (self.b, self.a))
-        one, other = (PROMPT.format(question=question, first=first, second=second) for first, second in orders)
-        return (("system", SYSTEM), ("user", one)), (("system", SYSTEM), ("user", other))
+        asked = [PROMPT.format(question=question, first=x, second=y) for x, y in ((self.a, self.b), (self.b, self.a))]
+        return [(("system", SYSTEM), ("user", text)) for text in asked]
 
 
 def parse_scores(reply: Reply) -> Scores | None:
@@ -100,8 +84,7 @@ def parse_scores(reply: Reply) -> Scores | None:
     >>> parse_scores(Reply("Both are good: 8 and 7.", False, None, None, None))
     """
     line, end, _ = reply.text.strip().partition("\n")
-    number = r"([0-9]+(?:\.[0-9]+)?)"
-    found = re.fullmatch(rf"{number}(?:\s*,\s*|\s+){number}\s*", line)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:\s*,\s*|\s+)(\d+(?:\.\d+)?)\s*", line, re.ASCII)
     if found is None or (reply.cut and not end):
         return None
     first, second = map(Decimal, found.groups())
@@ -109,10 +92,7 @@ def parse_scores(reply: Reply) -> Scores | None:
 
 
 def verdict(replies: Sequence[Reply | None]) -> tuple[str, list[Scores | None]]:
-    """What the replies in both orders say of a pair.
-
-    Args:
-        replies: to :meth:`AnswerPair.messages`.
+    """What the replies to :meth:`AnswerPair.messages` say of a pair.
 
     Returns:
         ``win``, ``tie`` or ``loss`` of ``a``, ``unanswered`` where a reply is missing, or ``malformed`` where one is
@@ -121,49 +101,32 @@ def verdict(replies: Sequence[Reply | None]) -> tuple[str, list[Scores | None]]:
     >>> verdict([Reply(text, False, None, None, None) for text in ("8 7", "7 7")])[0]
     'win'
     """
-    scores = [None if reply is None else parse_scores(reply) for reply in replies]
-    if scores[1] is not None:
-        scores[1] = scores[1][::-1]
-    if None in replies:
-        return "unanswered", scores
-    if None in scores:
-        return "malformed", scores
-    a, b = (sum(score[place] for score in scores if score is not None) for place in (0, 1))
-    return ("win" if a > b else "loss" if a < b else "tie"), scores
+    one, other = (None if reply is None else parse_scores(reply) for reply in replies)
+    other = None if other is None else (other[1], other[0])
+    if one is None or other is None:
+        return "unanswered" if None in replies else "malformed", [one, other]
+    a, b = (x + y for x, y in zip(one, other, strict=True))
+    return ("win" if a > b else "loss" if a < b else "tie"), [one, other]
 
 
 def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share.
+    """Wilson's score interval of a share, ``count`` of ``total`` draws.
 
     It takes the draws to be independent; answers of several seeds to one prompt are less than that.
-
-    Args:
-        count: how many of the draws are of the kind.
-        total: how many draws, at least one.
-        confidence: how often such an interval holds the true share.
-
-    Source: Wilson 1927, J. Am. Stat. Assoc. 22 (158), 209-212.
 
     >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
     [0.49, 0.943]
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = count / total
-    centre = share + z**2 / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    lower, upper = ((centre + sign * spread) / (1 + z**2 / total) for sign in (-1, 1))
-    return max(lower, 0.0), min(upper, 1.0)
+    from scipy.stats import binomtest  # slow, and every command knows the options of this one
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Answers on disk
+    low, high = binomtest(count, total).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)
 
 
 def answers_by_prompt(path: Path) -> dict[Prompt, str]:
     """The answers in a JSON Lines file with ``instruction``, ``input``, ``seed`` and ``answer`` on each line.
 
-    Args:
-        path: the file; ``input`` and ``seed`` may be missing, and so may ``seed`` be null.
+    ``input`` and ``seed`` may be missing, and ``seed`` may be null.
 
     Raises:
         UsageError: there is no such file, no answer in it, or a line that is no answer.
@@ -173,25 +136,18 @@ def answers_by_prompt(path: Path) -> dict[Prompt, str]:
     answers: dict[Prompt, str] = {}
     seen: Counter[tuple[Any, ...]] = Counter()
     for record, where in json_lines(path):
-        instruction, input, seed, answer = _fields(record, where)
-        same = (instruction, input, seed)
-        answers[(*same, seen[same])] = answer
+        record = {"input": "", "seed": None, **record}
+        for name in ("instruction", "input", "answer"):
+            if not isinstance(record.get(name), str):
+                raise UsageError(f"{where} has no text under {name!r}: mend or remove the line.")
+        if type(record["seed"]) not in (int, type(None)):
+            raise UsageError(f"{where} has {record['seed']!r} as its seed: write a whole number or null.")
+        same = (record["instruction"], record["input"], record["seed"])
+        answers[(*same, seen[same])] = record["answer"]
         seen[same] += 1
     if not answers:
         raise UsageError(f"{path} holds no answer: give the JSON Lines file of a model's answers.")
     return answers
-
-
-def _fields(record: dict[str, Any], where: str) -> tuple[str, str, int | None, str]:
-    texts = [record.get("instruction"), record.get("input", ""), record.get("answer")]
-    for name, text in zip(("instruction", "input", "answer"), texts, strict=True):
-        if not isinstance(text, str):
-            raise UsageError(f"{where} has no text under {name!r}: mend or remove the line.")
-    seed = record.get("seed")
-    if seed is not None and type(seed) is not int:
-        raise UsageError(f"{where} has {seed!r} as its seed: write a whole number or null.")
-    instruction, input, answer = texts
-    return instruction, input, seed, answer
 
 
 def pair_answers(a: Mapping[Prompt, str], b: Mapping[Prompt, str], names: tuple[str, str]) -> list[AnswerPair]:
@@ -203,28 +159,19 @@ def pair_answers(a: Mapping[Prompt, str], b: Mapping[Prompt, str], names: tuple[
         UsageError: there is no pair.
     """
     pairs = [AnswerPair(prompt, a[prompt], b[prompt]) for prompt in a if prompt in b]
-    for mine, theirs, place in ((a, b, 0), (b, a, 1)):
-        alone = [prompt for prompt in mine if prompt not in theirs]
+    for mine, theirs, here, there in ((a, b, names[0], names[1]), (b, a, names[1], names[0])):
+        alone = [f"{prompt[0][:60]!r} with seed {prompt[2]}" for prompt in mine if prompt not in theirs]
         if alone and not pairs:
             raise UsageError(
-                f"{names[0]} and {names[1]} have no instruction, input and seed in common ({_named(alone[0])} is only "
-                f"in {names[place]}): give answers to the same prompts."
+                f"{names[0]} and {names[1]} have no instruction, input and seed in common ({alone[0]} is only in "
+                f"{here}): give answers to the same prompts."
             )
         if alone:
             rank_zero_warn(
-                f"{len(alone)} of {len(mine)} answers in {names[place]} have no counterpart in {names[1 - place]} and "
-                f"are left out; the first is to {_named(alone[0])}."
+                f"{len(alone)} of {len(mine)} answers in {here} have no counterpart in {there} and are left out; the "
+                f"first is to {alone[0]}."
             )
     return pairs
-
-
-def _named(prompt: Prompt) -> str:
-    instruction, _, seed, _ = prompt
-    return f"{instruction[:60]!r} with seed {seed}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# All comparisons
 
 
 def judge(answers_a: str, answers_b: str, endpoint: ChatEndpoint, output: str = "runs/judge") -> dict[str, Any]:
@@ -249,33 +196,46 @@ def judge(answers_a: str, answers_b: str, endpoint: ChatEndpoint, output: str = 
         UsageError: an input cannot be used, the folder is another's, or not everything was answered; what was answered
             is kept then, and so is the result so far.
     """
-    files = [Path(answers_a), Path(answers_b)]
-    a, b = map(answers_by_prompt, files)
+    a, b = answers_by_prompt(Path(answers_a)), answers_by_prompt(Path(answers_b))
     pairs = pair_answers(a, b, (answers_a, answers_b))
-    folder = Path(output)
-    with _reserved(folder, {**endpoint.settings, "prompt": _digest([SYSTEM, PROMPT])}) as settings:
-        replies = ReplyFile(folder / REPLIES)
-        try:
+    folder, settings = Path(output), {**endpoint.settings, "prompt": _digest([SYSTEM, PROMPT])}
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: give a folder as output.")
+    members = [path.name for path in folder.glob("[!.]*")]
+    if members and "settings.json" not in members:
+        raise UsageError(f"{folder} is not empty and holds no judge's replies: give another folder as output.")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            earlier = _earlier_results(folder, settings)  # before anything is paid
+            replies = ReplyFile(folder / "replies.jsonl")
             if replies.damaged:
                 lines = ", ".join(map(str, replies.damaged[:5]))
                 rank_zero_warn(
                     f"{len(replies.damaged)} lines of {replies.path} are damaged and passed over (line {lines}), as a "
                     "kill may leave them; what they answered is asked again."
                 )
-            outcome = endpoint.ask([messages for pair in pairs for messages in pair.messages()], replies)
-        finally:
-            replies.close()
-        answered = [
-            tuple(replies.get(endpoint.key(messages)) for messages in pair.messages())
-            for pair in tqdm(pairs, desc="Counting", unit="pair", leave=False)
-        ]
-        result = {"settings": settings, **_result(pairs, answered, (answers_a, answers_b))}
-        result["answers"] |= {"unpaired_a": len(a) - len(pairs), "unpaired_b": len(b) - len(pairs)}
-        path = _write(result, folder)
-    _report(result, answered, outcome, endpoint, path)
+            asked = [pair.messages() for pair in pairs]
+            asking = endpoint.ask((messages for both in asked for messages in both), replies)
+            answered = [[replies.get(endpoint.key(messages)) for messages in both] for both in asked]
+            files = {"a": answers_a, "b": answers_b}
+            unpaired = {"unpaired_a": len(a) - len(pairs), "unpaired_b": len(b) - len(pairs)}
+            result = {"settings": settings, **_result(pairs, answered, {**files, **unpaired})}
+            path = earlier.get(result["answers"]["digest"]) or free_path(folder / "result.json")
+            with atomic_file(path) as file:
+                file.write_text(json.dumps(result, indent=2, allow_nan=False))
+    except Timeout as error:
+        raise UsageError(f"another judge is writing to {folder}: wait for it, or give another output.") from error
+    _report(result, answered)
+    priced = endpoint.input_price is not None or endpoint.output_price is not None
+    cost = f"; this run cost at most {asking.cost:.6g}" if priced else ""
+    print(
+        f"Replies: {result['replies']}, {asking.new} of them new; {result['prompt_tokens']:,} prompt tokens and "
+        f"{result['completion_tokens']:,} reply tokens{cost}\nResult: {path}"
+    )
     if result["unanswered"]:
-        reasons = [outcome.stopped] if outcome.stopped else []
-        reasons += [f"{count} times {fault}" for fault, count in outcome.faults.most_common(3)]
+        reasons = [asking.stopped] if asking.stopped else []
+        reasons += [f"{count} times {fault}" for fault, count in asking.faults.most_common(3)]
         raise UsageError(
             f"{result['unanswered']} of {len(pairs)} pairs are not judged yet ({'; '.join(reasons)}): run the same "
             "command again, it asks only what has no reply."
@@ -283,49 +243,24 @@ def judge(answers_a: str, answers_b: str, endpoint: ChatEndpoint, output: str = 
     return result
 
 
-@contextmanager
-def _reserved(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A folder for the replies of one judge and nobody else."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file: give a folder as output.")
-    members = [member.name for member in folder.iterdir() if member.name[0] != "."] if folder.exists() else []
-    if members and SETTINGS not in members:
-        raise UsageError(f"{folder} is not empty and holds no judge's replies: give another folder as output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UsageError(f"another judge is writing to {folder}: wait for it, or give another output.") from error
-    try:
-        if (folder / SETTINGS).exists():
-            theirs = _load(folder / SETTINGS)
-            differing = [name for name in settings if theirs.get(name) != settings[name]]
-            if differing:
-                said = ", ".join(f"{name} ({theirs.get(name)!r} there, {settings[name]!r} here)" for name in differing)
-                raise UsageError(f"the replies in {folder} are of another {said}: give another folder as output.")
-            for path in _results(folder):
-                _load(path)  # before anything is paid
-        else:
-            with atomic_file(folder / SETTINGS) as file:
-                file.write_text(json.dumps(settings, indent=2))
-        yield settings
-    finally:
-        lock.release()
+def _earlier_results(folder: Path, settings: dict[str, Any]) -> dict[str, Path]:
+    """Where results of which answers lie in a folder, which is this judge's."""
 
+    def load(path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path} is damaged: move it away, or give another folder as output.") from error
 
-def _results(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{Path(RESULT).stem}*.json"))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: move it away, or give another folder as output.")
-    return content
+    if not (folder / "settings.json").exists():
+        with atomic_file(folder / "settings.json") as file:
+            file.write_text(json.dumps(settings, indent=2))
+    theirs = load(folder / "settings.json")
+    differing = [name for name in settings if theirs.get(name) != settings[name]]
+    if differing:
+        said = ", ".join(f"{name} ({theirs.get(name)!r} there, {settings[name]!r} here)" for name in differing)
+        raise UsageError(f"the replies in {folder} are of another {said}: give another folder as output.")
+    return {load(path).get("answers", {}).get("digest"): path for path in folder.glob("result*.json")}
 
 
 def _digest(content: Any) -> str:
@@ -333,40 +268,27 @@ def _digest(content: Any) -> str:
 
 
 def _result(
-    pairs: Sequence[AnswerPair], answered: Sequence[Sequence[Reply | None]], names: tuple[str, str]
+    pairs: Sequence[AnswerPair], answered: Sequence[Sequence[Reply | None]], files: dict[str, Any]
 ) -> dict[str, Any]:
     verdicts = [verdict(replies) for replies in answered]
     counts = Counter(said for said, _ in verdicts)
     judged = sum(counts[name] for name in VERDICTS)
-    rates = {
-        name: {
-            "count": counts[name],
-            "rate": counts[name] / judged if judged else None,
-            "interval": list(wilson_interval(counts[name], judged)) if judged else None,
-        }
-        for name in VERDICTS
-    }
     got = [reply for replies in answered for reply in replies if reply is not None]
-    comparisons = [
-        {
-            "instruction": pair.prompt[0],
-            "input": pair.prompt[1],
-            "seed": pair.prompt[2],
-            "verdict": said,
-            "scores": [None if score is None else [float(part) for part in score] for score in scores],
-        }
-        for pair, (said, scores) in zip(pairs, verdicts, strict=True)
-    ]
     return {
         "answers": {
-            "a": names[0],
-            "b": names[1],
+            **files,
             "digest": _digest([[*pair.prompt, pair.a, pair.b] for pair in pairs]),
-            "empty_a": sum(not pair.a.strip() for pair in pairs),
-            "empty_b": sum(not pair.b.strip() for pair in pairs),
+            **{f"empty_{model}": sum(not getattr(pair, model).strip() for pair in pairs) for model in "ab"},
         },
         "pairs": len(pairs),
-        **rates,
+        **{
+            name: {
+                "count": counts[name],
+                "rate": counts[name] / judged if judged else None,
+                "interval": list(wilson_interval(counts[name], judged)) if judged else None,
+            }
+            for name in VERDICTS
+        },
         "malformed": counts["malformed"],
         "unanswered": counts["unanswered"],
         "replies": len(got),
@@ -374,63 +296,34 @@ def _result(
         "served_models": sorted({reply.model for reply in got if reply.model is not None}),
         "prompt_tokens": sum(reply.prompt_tokens or 0 for reply in got),
         "completion_tokens": sum(reply.completion_tokens or 0 for reply in got),
-        "comparisons": comparisons,
+        "comparisons": [
+            {
+                **dict(zip(("instruction", "input", "seed"), pair.prompt, strict=False)),
+                "verdict": said,
+                "scores": [None if score is None else [*map(float, score)] for score in scores],
+            }
+            for pair, (said, scores) in zip(pairs, verdicts, strict=True)
+        ],
     }
 
 
-def _write(result: dict[str, Any], folder: Path) -> Path:
-    """Put a result beside those of other answers, or in the place of an unfinished one of the same answers."""
-    target = None
-    for path in _results(folder):
-        there = _load(path)
-        if there == result:
-            return path
-        same = there.get("answers", {}).get("digest") == result["answers"]["digest"]
-        if same and there.get("unanswered") and target is None:
-            target = path
-    target = target or free_path(folder / RESULT)
-    with atomic_file(target) as file:
-        file.write_text(json.dumps(result, indent=2, allow_nan=False))
-    return target
-
-
-def _report(
-    result: Mapping[str, Any],
-    answered: Sequence[Sequence[Reply | None]],
-    outcome: Outcome,
-    endpoint: ChatEndpoint,
-    path: Path,
-) -> None:
-    """Print the result and all that a reader has to know of it."""
-    names = result["answers"]
-    print(f"{names['a']} against {names['b']}, judged by {result['settings']['model']}")
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("")
-    for heading in ("pairs", "share", "95 % interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _report(result: Mapping[str, Any], answered: Sequence[Sequence[Reply | None]]) -> None:
+    names, pairs = result["answers"], result["pairs"]
+    print(f"{names['a']} against {names['b']}, judged by {result['settings']['model']}\n")
+    print(f"{'':6}{'pairs':>7}{'share':>10}{'95 % interval':>19}")
     for name in VERDICTS:
-        figures = result[name]
         share, interval = "-", "-"
-        if figures["rate"] is not None:
-            share = f"{100 * figures['rate']:.1f} %"
-            interval = "{:.1f} to {:.1f} %".format(*(100 * bound for bound in figures["interval"]))
-        table.add_row(name, str(figures["count"]), share, interval)
-    Console().print(table)
-    if result["malformed_replies"]:
-        example = next(
-            reply.text for replies in answered for reply in replies if reply is not None and parse_scores(reply) is None
-        )
+        if result[name]["rate"] is not None:
+            share = f"{100 * result[name]['rate']:.1f} %"
+            interval = "{:.1f} to {:.1f} %".format(*(100 * bound for bound in result[name]["interval"]))
+        print(f"{name:6}{result[name]['count']:7}{share:>10}{interval:>19}")
+    print()
+    nonsense = [reply.text for both in answered for reply in both if reply is not None and parse_scores(reply) is None]
+    if nonsense:
         print(
-            f"Malformed verdicts: {result['malformed_replies']} of {result['replies']} replies; {result['malformed']} "
-            f"of {result['pairs']} pairs are left out for it. The first: {example[:200]!r}"
+            f"Malformed verdicts: {len(nonsense)} of {result['replies']} replies; {result['malformed']} of {pairs} "
+            f"pairs are left out for it. The first: {nonsense[0][:200]!r}"
         )
-    for model in ("a", "b"):
+    for model in "ab":
         if names[f"empty_{model}"]:
-            print(f"Empty answers: {names[f'empty_{model}']} of {result['pairs']} in {names[model]}")
-    priced = endpoint.input_price is not None or endpoint.output_price is not None
-    cost = f"; this run cost at most {outcome.cost:.6g}" if priced else ""
-    print(
-        f"Replies: {result['replies']}, {outcome.new} of them new; {result['prompt_tokens']:,} prompt tokens and "
-        f"{result['completion_tokens']:,} reply tokens{cost}"
-    )
-    print(f"Result: {path}")
+            print(f"Empty answers: {names[f'empty_{model}']} of {pairs} in {names[model]}")

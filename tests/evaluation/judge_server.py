@@ -54,6 +54,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body behind its header would wait for the client's acknowledgement
     server: Server
 
     def log_message(self, *args: Any) -> None:
