@@ -309,7 +309,7 @@ class DistillationModule(LightningModule):
         positions, labels = batch["response"]
         pairs: list[tuple[Tensor, Tensor]] = []
 
-        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, gradient: None) -> dict[str, Tensor]:
+        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, **_: Any) -> dict[str, Tensor]:
             assert teacher is not None
             temperature = self.criterion.temperature
             pairs.append((log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()))
