@@ -324,7 +324,7 @@ class DistillationModule(LightningModule):
         positions = as_mask(positions, batch["labels"])
         pairs: list[tuple[Tensor, Tensor]] = []
 
-        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, gradient: None) -> dict[str, Tensor]:
+        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
             assert teacher is not None
             temperature = self.criterion.temperature
             pairs.append((log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()))
