@@ -8,9 +8,10 @@ its gradient with respect to the student's logits is ``q (c - Σ q c)``. A pair 
 - ``p``, ``q``: ``[rows, vocab]``,
 - ``a``, ``b``: its two weights, numbers or ``[rows, 1]``, without gradient,
 
-and returns ``g`` and ``q c``, each ``[rows, vocab]``. What is constant over a row's tokens may be left out of ``c``: it
-has no part in the gradient. Ratios are handed over rather than two logarithms, because near the teacher the difference
-of these has lost the digits that the ratio has. The same pairs stand, under the same names, in the Triton kernel.
+and returns ``g`` and ``q c``, each ``[rows, vocab]``. ``c`` may be off by what is constant over a row's tokens, which
+has no part in the gradient: it is taken such that it is 0 for equal probabilities, so that small differences keep their
+digits. So does the ratio, which is why it is handed over rather than two logarithms. The same pairs stand, under the
+same names, in the Triton kernel.
 """
 
 from collections.abc import Callable
@@ -75,8 +76,9 @@ def weights(how: Comparison, head_gap: Tensor, tail_gap: Tensor) -> tuple[Weight
 
 
 def forward_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 1.0, b: Weight = 0.0) -> tuple[Tensor, Tensor]:
-    """``g = p log(p / q)``."""
-    return _times(p, log_ratio), -p
+    """``g = p log(p / q)``, so that ``c = -p / q``, here 1 more: ``q - p``, with the digits of small ratios."""
+    difference = log_ratio.abs().neg_().expm1_().mul_(torch.maximum(p, q)).mul_(log_ratio.sign())
+    return _times(p, log_ratio), difference
 
 
 def reverse_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 0.0, b: Weight = 1.0) -> tuple[Tensor, Tensor]:
@@ -98,19 +100,18 @@ def weighted_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -
 def jensen_shannon(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
     """``g = a p log(p / m) + b q log(q / m)`` with ``m = a p + b q``."""
     log_ratio = log_ratio.clamp(-_FAR, _FAR)
-    m_over_p = _log_mean(-log_ratio, b)
-    of_q = log_ratio.add_(m_over_p).mul_(q).mul_(-b)
-    return of_q - m_over_p.mul_(p).mul_(a), of_q
+    m_over_q = _log_mean(log_ratio.clone(), a)
+    of_p = log_ratio.sub_(m_over_q).mul_(p).mul_(a)
+    of_q = m_over_q.mul_(q).mul_(-b)
+    return of_p.add_(of_q), of_q
 
 
 def skew_forward_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
-    """``g = p log(p / m)`` with ``m = a p + b q``, so that ``q c = -b q p / m``."""
+    """``g = p log(p / m)`` with ``m = a p + b q``, so that ``c = -b p / m``, here ``b`` more."""
     if a == 0:
         return forward_kl(log_ratio, p, q)
-    log_ratio = log_ratio.clamp(-_FAR, _FAR)
-    m_over_p = _log_mean(-log_ratio, b)
-    q_over_m = log_ratio.add_(m_over_p).neg_().exp_()
-    return m_over_p.mul_(p).neg_(), q_over_m.mul_(p).mul_(-b)
+    p_over_m = _log_mean(-log_ratio.clamp(-_FAR, _FAR), b).neg_()
+    return p * p_over_m, p_over_m.expm1_().mul_(q).mul_(-b)
 
 
 def skew_reverse_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
