@@ -27,7 +27,7 @@ def resized(tensor: Tensor, rows: int) -> Tensor:
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a b``, not rounded below the precision of ``out``."""
     if a.dtype == out.dtype:
-        with _without_tf32(a):
+        with without_tf32(a):
             torch.mm(a, b, out=out)
     elif _is_half(a) and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -38,7 +38,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
     """``total += scale a b``, likewise."""
     if a.dtype == total.dtype and scale is None:
-        with _without_tf32(a):
+        with without_tf32(a):
             total.addmm_(a, b)
     elif _is_half(a) and total.dtype == torch.float32 and scale is None and _adds_up_in_float32(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -64,7 +64,7 @@ def _adds_up_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def _without_tf32(factor: Tensor) -> Iterator[None]:
+def without_tf32(factor: Tensor) -> Iterator[None]:
     """Run float32 products in float32, whatever the user allows for the rest of a model."""
     if not (factor.is_cuda and factor.dtype == torch.float32):
         yield

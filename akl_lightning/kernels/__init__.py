@@ -10,9 +10,9 @@ from akl_lightning.kernels import reference
 from akl_lightning.kernels.pairs import Comparison
 
 try:
-    from akl_lightning.kernels import triton
+    from akl_lightning.kernels import triton  # type: ignore[attr-defined, unused-ignore]
 except ImportError:
-    triton = None  # type: ignore[assignment]
+    triton = None  # type: ignore[assignment, unused-ignore]
 
 
 def compare(

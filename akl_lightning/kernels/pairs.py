@@ -8,9 +8,10 @@ its gradient with respect to the student's logits is ``q (c - Σ q c)``. A pair 
 - ``p``, ``q``: ``[rows, vocab]``,
 - ``a``, ``b``: its two weights, numbers or ``[rows, 1]``, without gradient,
 
-and returns ``g`` and ``q c``, each ``[rows, vocab]``. What is constant over a row's tokens may be left out of ``c``: it
-has no part in the gradient. Ratios are handed over rather than two logarithms, because near the teacher the difference
-of these has lost the digits that the ratio has. The same pairs stand, under the same names, in the Triton kernel.
+and returns ``g`` and ``q c``, each ``[rows, vocab]``. ``c`` may be off by what is constant over a row's tokens, which
+has no part in the gradient: it is taken such that it is 0 for equal probabilities, so that small differences keep their
+digits. So does the ratio, which is why it is handed over rather than two logarithms. The same pairs stand, under the
+same names, in the Triton kernel.
 """
 
 from collections.abc import Callable
@@ -47,6 +48,10 @@ class Comparison(NamedTuple):
     """How the head is cut."""
 
 
+# Where one of the two is exp(-80) of the other, or masked, it has no part in a mean of both: ratios are cut to that, so
+# that products with a probability of 0 are 0.
+_FAR = 80.0
+
 MIXES = ("forward_kl", "reverse_kl", "weighted_kl", "adaptive_kl")
 """The pairs that are ``a * FKL + b * RKL``."""
 
@@ -71,8 +76,9 @@ def weights(how: Comparison, head_gap: Tensor, tail_gap: Tensor) -> tuple[Weight
 
 
 def forward_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 1.0, b: Weight = 0.0) -> tuple[Tensor, Tensor]:
-    """``g = p log(p / q)``."""
-    return _times(p, log_ratio), -p
+    """``g = p log(p / q)``, so that ``c = -p / q``, here 1 more: ``q - p``, with the digits of small ratios."""
+    difference = log_ratio.abs().neg_().expm1_().mul_(torch.maximum(p, q)).mul_(log_ratio.sign())
+    return _times(p, log_ratio), difference
 
 
 def reverse_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 0.0, b: Weight = 1.0) -> tuple[Tensor, Tensor]:
@@ -93,31 +99,33 @@ def weighted_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -
 
 def jensen_shannon(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
     """``g = a p log(p / m) + b q log(q / m)`` with ``m = a p + b q``."""
-    to_p, to_q = _log_mix(log_ratio, float(a))
-    of_q = _times(q, to_q) * -b
-    return of_q - _times(p, to_p) * a, of_q
+    log_ratio = log_ratio.clamp(-_FAR, _FAR)
+    m_over_q = _log_mean(log_ratio.clone(), a)
+    of_p = log_ratio.sub_(m_over_q).mul_(p).mul_(a)
+    of_q = m_over_q.mul_(q).mul_(-b)
+    return of_p.add_(of_q), of_q
 
 
 def skew_forward_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
-    """``g = p log(p / m)`` with ``m = a p + b q``, so that ``q c = -b q p / m``."""
+    """``g = p log(p / m)`` with ``m = a p + b q``, so that ``c = -b p / m``, here ``b`` more."""
     if a == 0:
         return forward_kl(log_ratio, p, q)
-    to_p, to_q = _log_mix(log_ratio, float(a))
-    return -_times(p, to_p), _times(p, torch.exp(-to_q)) * -b
+    p_over_m = _log_mean(-log_ratio.clamp(-_FAR, _FAR), b).neg_()
+    return p * p_over_m, p_over_m.expm1_().mul_(q).mul_(-b)
 
 
 def skew_reverse_kl(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight, b: Weight) -> tuple[Tensor, Tensor]:
     """``g = q log(q / m)`` with ``m = a q + b p``, so that ``c = log(q / m) + 1 - a q / m``, here less its constant."""
     if a == 0:
         return reverse_kl(log_ratio, p, q)
-    log_q_over_m = -_log_mix(log_ratio, float(b))[1]
-    return _times(q, log_q_over_m), _times(q, log_q_over_m - torch.expm1(log_q_over_m) * a)
+    q_over_m = _log_mean(log_ratio.clamp(-_FAR, _FAR), b).neg_()
+    return q * q_over_m, torch.expm1(q_over_m).mul_(-a).add_(q_over_m).mul_(q)
 
 
 def total_variation(log_ratio: Tensor, p: Tensor, q: Tensor, a: Weight = 0.0, b: Weight = 0.0) -> tuple[Tensor, Tensor]:
     """``g = abs(p - q) / 2``."""
-    gap = q - p
-    return gap.abs() / 2, gap.sign() * q / 2
+    half = (q - p).mul_(0.5)
+    return half.abs(), half.sign().mul_(q).mul_(0.5)
 
 
 PAIRS: dict[str, Pair] = {
@@ -139,17 +147,9 @@ def _times(weight: Weight, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def _log_mix(log_ratio: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """``log(m / p)`` and ``log(m / q)`` with ``m = share p + (1 - share) q``.
-
-    Both from the larger of ``p`` and ``q``: ``log(m / max(p, q))``, which is near 0 where the two are alike, keeps the
-    digits of their ratio as ``log1p(w expm1(-abs(log_ratio)))``, ``w`` the weight of the smaller.
-    """
-    away = -log_ratio.abs()
-    if 2**-7 <= share <= 1 - 2**-7:
-        smaller = torch.where(log_ratio > 0, 1 - share, share)
-        to_larger = torch.log1p(smaller * torch.expm1(away))
-    else:  # w is so close to 1 that the sum would lose its digits
-        larger = torch.where(log_ratio > 0, share, 1 - share)
-        to_larger = torch.log(larger + (1 - larger) * torch.exp(away))
-    return to_larger + (-log_ratio).clamp(min=0), to_larger + log_ratio.clamp(min=0)
+def _log_mean(log_ratio: Tensor, weight: Weight) -> Tensor:
+    """``log(1 - weight + weight * exp(log_ratio))`` with the digits of small ratios; ``log_ratio`` is used up."""
+    if 1 - weight > 2**-7:
+        return log_ratio.expm1_().mul_(weight).log1p_()
+    # So little is left of 1 that large negative ratios would lose its digits.
+    return log_ratio.exp_().mul_(weight).add_(1 - weight).log_()

@@ -18,6 +18,9 @@ _CACHE_BYTES = 2**21
 _DEVICE_BYTES = 2**26
 """The same elsewhere, where it bounds the memory alone."""
 
+_NEAR = 0.01
+"""FKL per token below which rounding would take more than 1e-5 of the gradient in float32."""
+
 # The head of a real language model is a few tokens: a 135M instruction model on real text, 25 at the 99th percentile.
 _FIRST_TOP_K = 32
 _WIDEN_BY = 16
@@ -52,32 +55,48 @@ def compare(
     count, rows = len(student), rows_at_a_time(student)
     buffers = 0 if teacher is None else 3 if how.temperature == 1 else 4
     scratch = student.new_empty((buffers, min(rows, count), student.shape[1]))
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     for start in range(0, max(1, count), rows):
         block = slice(start, min(start + rows, count))
         into = None if gradient is None else gradient[block]
         if teacher is None:
-            parts.append(_cross_entropy(student[block], labels[block], into))
+            parts.append((_cross_entropy(student[block], labels[block], into),))
         else:
             memory = scratch[:, : block.stop - start]
             parts.append(_compare(student[block], teacher[block].to(student.dtype), labels[block], how, into, memory))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    if teacher is None:
+        return {"loss": columns[0], "cross_entropy": columns[0]}
+    divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement = columns
+    return {
+        # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
+        "loss": F.weighted(how.alpha, divergence) + F.weighted(1 - how.alpha, cross_entropy),
+        "divergence": divergence,
+        "cross_entropy": cross_entropy,
+        "fkl": fkl,
+        "rkl": rkl,
+        "head_gap": head_gap,
+        "tail_gap": tail_gap,
+        "head_weight": F.head_weight(head_gap, tail_gap),
+        "top1_agreement": agreement,
+    }
 
 
-def _cross_entropy(student: Tensor, labels: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
+def _cross_entropy(student: Tensor, labels: Tensor, gradient: Tensor | None) -> Tensor:
     at_label = _at_label(student, labels)
     largest = student.amax(-1, keepdim=True)
     probs = student.sub_(largest).exp_()
     total = probs.sum(-1, keepdim=True)
-    cross_entropy = (total.log() + largest).squeeze(-1) - at_label
     if gradient is not None:
-        _store(probs.div_(total), labels, 1.0, gradient)
-    return {"loss": cross_entropy, "cross_entropy": cross_entropy}
+        into = torch.div(probs, total, out=_writable(gradient, probs))
+        _finish(into, labels, 1.0, gradient)
+    return (largest.squeeze(-1) - at_label) + total.squeeze(-1).log()
 
 
 def _compare(
     student: Tensor, teacher: Tensor, labels: Tensor, how: Comparison, gradient: Tensor | None, scratch: Tensor
-) -> dict[str, Tensor]:
+) -> tuple[Tensor, ...]:
+    """Divergence, cross entropy, FKL, RKL, head gap, tail gap and agreement of a few rows."""
     t, weight = how.temperature, 1 - how.alpha
     p, q, product = scratch[:3]
     at_label = _at_label(student, labels)
@@ -88,7 +107,7 @@ def _compare(
         teacher.masked_fill_(teacher <= F.LOWEST, -torch.inf)
     unsoftened = q if t == 1 else scratch[3]
     largest_s, top_q = _softmax(student, unsoftened)
-    cross_entropy = (largest_s - top_q.log()).squeeze(-1) - at_label
+    cross_entropy = (largest_s.squeeze(-1) - at_label) - top_q.squeeze(-1).log()
     if t != 1:
         student.div_(t)
         teacher.div_(t)
@@ -97,10 +116,12 @@ def _compare(
 
     nowhere = None if regular else (student == -torch.inf) & (teacher == -torch.inf)
     shift = largest_t - largest_s
-    # Logits of one side may all be far from those of the other: then, and only then, not at the price of their digits.
-    if (far := (shift / 8).round() * 8).any():
-        teacher.sub_(far)
-        shift = shift - far
+    # Logits of one side may all be far from those of the other: then, and only then, both are first brought near 0.
+    if (apart := shift.abs() > 8).any():
+        centers = [(largest / 8).round() * 8 * apart for largest in (largest_t, largest_s)]
+        teacher.sub_(centers[0])
+        student.sub_(centers[1])
+        shift = (largest_t - centers[0]) - (largest_s - centers[1])
     ratio = teacher.sub_(student).add_((top_p / top_q).log_() - shift)
     if nowhere is None:
         fkl = torch.mul(p, ratio, out=product).sum(-1)
@@ -113,42 +134,38 @@ def _compare(
     agreement = (q.gather(-1, top[:, None]) == top_q).squeeze(-1).to(q.dtype)
     a, b = pairs.weights(how, head_gap, tail_gap)
     slope: Tensor | None = None
+    # So near its teacher a student gets a gradient of differences whose digits are worth more passes.
+    near = bool(fkl.sum() < _NEAR * len(fkl))
     if how.pair is None:
         divergence = torch.zeros_like(fkl)
-    elif how.pair in MIXES:
+    elif how.pair in MIXES and regular and not near:
         divergence = t**2 * (F.weighted(a, fkl) + F.weighted(b, rkl))
-    if how.pair is not None and not (how.pair in MIXES and regular):
-        a, b = (each[:, None] if isinstance(each, Tensor) else each for each in (a, b))
-        g, slope = PAIRS[how.pair](ratio, p, q, a, b)
-        divergence = t**2 * g.sum(-1) if how.pair not in MIXES else divergence
-    # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
-    loss = F.weighted(how.alpha, divergence) + F.weighted(weight, cross_entropy)
+    else:
+        g, slope = PAIRS[how.pair](ratio, p, q, _per_row(a), _per_row(b))
+        divergence = t**2 * g.sum(-1)
 
     if gradient is not None:
+        into = _writable(gradient, ratio)
         # By the chain rule, t² times the divergence of logits / t has t times the gradient.
         scale = how.alpha * t
         if how.pair is None or scale == 0:
-            result = torch.mul(unsoftened, weight, out=ratio)
+            torch.mul(unsoftened, weight, out=into)
         elif slope is not None:
-            result = slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1).mul_(scale).add_(unsoftened, alpha=weight)
+            slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1).mul_(scale)
+            torch.add(slope, unsoftened, alpha=weight, out=into)
         else:
             # FKL's gradient is q - p, RKL's is q * (-ratio - RKL).
-            a, b = scale * a[:, None], scale * b[:, None]
-            result = ratio.mul_(-b).add_(a - b * rkl[:, None] + (weight if t == 1 else 0)).mul_(q).addcmul_(p, -a)
+            of_fkl, of_rkl = scale * _per_row(a), scale * _per_row(b)
+            ratio.mul_(-of_rkl).add_(of_fkl - of_rkl * rkl[:, None] + (weight if t == 1 else 0)).mul_(q)
+            torch.addcmul(ratio, p, of_fkl, value=-1, out=into)  # type: ignore[arg-type]  # weights of mixes are tensors
             if t != 1:
-                result.add_(unsoftened, alpha=weight)
-        _store(result, labels, weight, gradient)
-    return {
-        "loss": loss,
-        "divergence": divergence,
-        "cross_entropy": cross_entropy,
-        "fkl": fkl,
-        "rkl": rkl,
-        "head_gap": head_gap,
-        "tail_gap": tail_gap,
-        "head_weight": F.head_weight(head_gap, tail_gap),
-        "top1_agreement": agreement,
-    }
+                into.add_(unsoftened, alpha=weight)
+        _finish(into, labels, weight, gradient)
+    return divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement
+
+
+def _per_row(weight: Tensor | float) -> Tensor | float:
+    return weight[:, None] if isinstance(weight, Tensor) else weight
 
 
 def _at_label(logits: Tensor, labels: Tensor) -> Tensor:
@@ -165,10 +182,16 @@ def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return logits.amax(-1, keepdim=True), out.amax(-1, keepdim=True)
 
 
-def _store(result: Tensor, labels: Tensor, weight: float, gradient: Tensor) -> None:
+def _writable(gradient: Tensor, scratch: Tensor) -> Tensor:
+    """Where to compute the gradient: at its place, unless that has another precision."""
+    return gradient if gradient.dtype == scratch.dtype else scratch
+
+
+def _finish(result: Tensor, labels: Tensor, weight: float, gradient: Tensor) -> None:
     """Take the weight of cross entropy off at the label, the rest of its gradient, and hand the result over."""
     result.scatter_(-1, labels[:, None], result.gather(-1, labels[:, None]) - weight)
-    gradient.copy_(result)
+    if result is not gradient:
+        gradient.copy_(result)
 
 
 # --------------------------------------------------------------------------------------------------------------------
