@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from akl_lightning.evaluation.answers import read_answers
+from tests.commands.start import python
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -36,17 +37,17 @@ SMALL = {
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def start(folder: Path, *arguments: str, **changed: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> subprocess.Popen[str]:
     settings = [part for name, value in {**SMALL, **changed}.items() for part in (name, value)]
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), *settings, *arguments]
+    command = [program or python(), str(RECIPES / "gpt2_distill.py"), *settings, *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(folder: Path, *arguments: str, **changed: str) -> str:
-    process = start(folder, *arguments, **changed)
+def run(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> str:
+    process = start(folder, *arguments, program=program, **changed)
     try:
         output, _ = process.communicate(timeout=240)
     finally:
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> str:
-    return run(folder)
+    return run(folder, program=sys.executable)
 
 
 def figures(run: Path) -> dict[str, dict[str, float]]:
@@ -156,15 +157,15 @@ def test_killed_half_way_it_leaves_no_teacher_behind(tmp_path: Path) -> None:
             unfinished = list((tmp_path / "cache").glob(".teacher-*"))
         assert unfinished, "the teacher's training never began"
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
+        process.communicate(timeout=30)  # until all that has its output is gone
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     assert not list((tmp_path / "cache").glob("teacher-*/"))
 
 
 def test_help_lists_every_section() -> None:
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), "--help"]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for option in ("--trainer.precision", "--model.criterion.alpha", "--data.batch_size", "--teacher.max_epochs"):
         assert option in output
@@ -172,7 +173,7 @@ def test_help_lists_every_section() -> None:
 
 
 def test_hub_out_of_reach(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), "--config", str(RECIPES / "gpt2_dolly.yaml")]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), "--config", str(RECIPES / "gpt2_dolly.yaml")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
@@ -196,7 +197,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_end_with_one_sentence_before_any_work(tmp_path: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), "--teacher.cache_dir", "cache", *arguments]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), "--teacher.cache_dir", "cache", *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert message in result.stderr
