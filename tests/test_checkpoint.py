@@ -3,7 +3,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_causal_lm
 from akl_lightning.module import DistillationModule
+from tests.commands.start import python
 from tests.conftest import QUIET, Bigram, gpt2
 from tests.distributed.training import prepare
 
@@ -46,9 +46,7 @@ def test_a_killed_process_leaves_nothing_at_the_path(tmp_path: Path) -> None:
         "    print('written', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "model")], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([python(), "-c", script, str(tmp_path / "model")], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "written\n"
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
@@ -89,7 +87,7 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_survives(tmp_path
         "run_command(lambda: io.save_checkpoint(state(1_000_000), path))\n"
     )
     path = tmp_path / "last.ckpt"
-    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([python(), "-c", script, str(path)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: cannot write {path}: File too large; the one that was there before")
     assert result.stderr.count("\n") == 1

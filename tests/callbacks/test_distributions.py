@@ -9,13 +9,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerFast
 
-from akl_lightning import functional as F
 from akl_lightning.callbacks import DistributionPlot, distributions, draw_distributions
 from akl_lightning.callbacks.distributions import distinct_words
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from tests import references
 from tests.conftest import QUIET, gpt2, write
 
 
@@ -42,13 +42,15 @@ def test_the_two_distributions_at_one_position_are_drawn_after_every_validation(
     (batch,) = data.val_dataloader()
     where = module.criterion.response_positions(batch["labels"][:1])[0][2]
     read = batch["input_ids"][:1, : where + 1]
-    p, q = (model.eval()(read).logits[0, -1].softmax(-1) for model in (original, module.student.model))
+    logits = [model.eval()(read).logits[0, -1] for model in (original, module.student.model)]
+    p, q = (row.softmax(-1) for row in logits)
+    head, _ = references.membership(logits[0], p.double(), 0.5, "cover")
     (words, student, teachers, in_head), texts = drawn[0]
     tokens = p.argsort(descending=True)
     assert teachers == sorted(teachers, reverse=True) and len(words) == len(student) == len(in_head) == 12
     assert max(teachers) == pytest.approx(p.max().item(), rel=0.02 if cached else 1e-4)
     assert max(student) == pytest.approx(q.max().item(), rel=1e-4)
-    assert in_head[0] and F.head_mask(p)[tokens[0]]
+    assert in_head[0] and head[tokens[0]] == 1
     assert f" of {len(data.tokenizer)} tokens" in texts["head"]
     assert texts["context"] == data.tokenizer.decode(read[0])
     assert texts["expected"] == distributions.word(data.tokenizer, batch["input_ids"][0, where + 1].item())

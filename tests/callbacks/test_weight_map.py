@@ -8,12 +8,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from akl_lightning import functional as F
 from akl_lightning.callbacks import HeadWeightMap, draw_weight_map, weight_map
 from akl_lightning.callbacks.weight_map import WeightedAnswer
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from tests import references
 from tests.conftest import QUIET, gpt2
 
 
@@ -42,10 +42,10 @@ def test_the_weights_of_the_same_answers_are_drawn_after_every_validation(
         row = {key: value[:1] for key, value in batch.items()}
         positions, labels = module.criterion.response_positions(row["labels"])
         with torch.no_grad():
-            student = module.student.model.eval()(row["input_ids"]).logits.flatten(0, 1)[positions].softmax(-1)
-            teacher = module.teacher.model.model(row["input_ids"]).logits.flatten(0, 1)[positions].softmax(-1)
-        expected = F.head_weight(*F.head_tail_gap(student, teacher))
-        assert answer.weights == pytest.approx(expected.tolist(), abs=1e-4)
+            student = module.student.model.eval()(row["input_ids"]).logits.flatten(0, 1)[positions]
+            teacher = module.teacher.model.model(row["input_ids"]).logits.flatten(0, 1)[positions]
+        statistics, _, _ = references.compare(student, teacher, labels, "adaptive_kl")
+        assert answer.weights == pytest.approx(statistics["head_weight"].tolist(), abs=1e-4)
         assert len(answer.words) == len(labels) and answer.words[-1] == "[end]"
         assert answer.prompt.strip() in data.tokenizer.decode(row["input_ids"][0])
 

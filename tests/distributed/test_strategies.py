@@ -24,6 +24,7 @@ from akl_lightning.callbacks import StudentExport
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import FSDP2Strategy, data_parallel_mesh, load_sharded, wrapping_policy
 from akl_lightning.teachers.live import _frozen
+from tests.commands.start import python
 from tests.conftest import QUIET, gpt2
 from tests.distributed.training import apart, data_of, free_port, launch, module_of, prepare, whole_state
 
@@ -240,7 +241,7 @@ def test_two_nodes(folder: Path, strategy: str) -> None:
     path = folder / "settings.json"
     path.write_text(json.dumps(settings_of(folder, trainer=trainer)))
     port = str(free_port())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    command = [python(), "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--master_addr", "127.0.0.1", "--master_port", port]
     nodes = [
         subprocess.Popen([*command, "--node_rank", str(node), "-m", "tests.distributed.training", str(path)])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from akl_lightning.evaluation.answers import read_answers
+from tests.commands.start import python
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -33,20 +33,21 @@ SMALL = {
     "--teacher.cache_dir": "cache",
 }
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+ONE_AFTER_ANOTHER = pytest.mark.xdist_group("gpt2_recipe")
+"""Runs that find the teacher of the first: one worker has them all."""
 
 
-def start(folder: Path, *arguments: str, **changed: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> subprocess.Popen[str]:
     settings = [part for name, value in {**SMALL, **changed}.items() for part in (name, value)]
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), *settings, *arguments]
+    command = [program or python(), str(RECIPES / "gpt2_distill.py"), *settings, *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(folder: Path, *arguments: str, **changed: str) -> str:
-    process = start(folder, *arguments, **changed)
+def run(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> str:
+    process = start(folder, *arguments, program=program, **changed)
     try:
         output, _ = process.communicate(timeout=240)
     finally:
@@ -62,13 +63,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> str:
-    return run(folder)
+    return run(folder, program=sys.executable)
 
 
 def figures(run: Path) -> dict[str, dict[str, float]]:
     return json.loads((run / "report.json").read_text())["figures"]
 
 
+@ONE_AFTER_ANOTHER
 def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) -> None:
     run = folder / "runs/gpt2_distill"
     assert "Teacher: training" in first
@@ -112,6 +114,7 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     assert torch.equal(twin.eval()(**batch).logits, student(**batch).logits)
 
 
+@ONE_AFTER_ANOTHER
 def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first: str) -> None:
     half = {"--trainer.limit_test_batches": "2"}
     output = run(folder, "--model.criterion.divergence.init_args.mu", "0.6", **{"--trainer.devices": "2", **half})
@@ -127,6 +130,7 @@ def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first:
             assert rows[model][figure] == pytest.approx(alone[model][figure], rel=1e-4, abs=1e-5)
 
 
+@ONE_AFTER_ANOTHER
 def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
     output = run(folder, "--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt", **{"--trainer.max_epochs": "3"})
     assert "Restored all states from the checkpoint" in output
@@ -135,6 +139,7 @@ def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
     assert "student-v1" in output  # the export of the shorter run is left alone
 
 
+@ONE_AFTER_ANOTHER
 def test_trainer_flags_and_divergences_by_name(folder: Path, first: str) -> None:
     output = run(
         folder,
@@ -156,15 +161,15 @@ def test_killed_half_way_it_leaves_no_teacher_behind(tmp_path: Path) -> None:
             unfinished = list((tmp_path / "cache").glob(".teacher-*"))
         assert unfinished, "the teacher's training never began"
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
+        process.communicate(timeout=30)  # until all that has its output is gone
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     assert not list((tmp_path / "cache").glob("teacher-*/"))
 
 
 def test_help_lists_every_section() -> None:
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), "--help"]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for option in ("--trainer.precision", "--model.criterion.alpha", "--data.batch_size", "--teacher.max_epochs"):
         assert option in output
@@ -172,7 +177,7 @@ def test_help_lists_every_section() -> None:
 
 
 def test_hub_out_of_reach(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), "--config", str(RECIPES / "gpt2_dolly.yaml")]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), "--config", str(RECIPES / "gpt2_dolly.yaml")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
@@ -196,7 +201,7 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_end_with_one_sentence_before_any_work(tmp_path: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), "--teacher.cache_dir", "cache", *arguments]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), "--teacher.cache_dir", "cache", *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert message in result.stderr

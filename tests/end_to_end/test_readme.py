@@ -5,17 +5,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
+from akl_lightning import divergences
+from akl_lightning.divergences import known_divergences
+from tests.commands.start import python, warm
 from tests.conftest import gpt2
 from tests.evaluation.judge_server import Server, well, write
 
@@ -40,7 +40,7 @@ def test_python_examples_run(tokenizer: PreTrainedTokenizerFast, corpus: str, tm
     assert "Hellinger" in script and "Trainer(max_epochs=1" in script
     (tmp_path / "example.py").write_text(script)
     result = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ
+        [python(), "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((tmp_path / "student/config.json").read_text())["model_type"] == "gpt2"
@@ -94,9 +94,11 @@ def affordable(line: str) -> str:
     return f"{command}  #{comment}"
 
 
-def follow(program: str, clone: Path, judge: Server) -> None:
-    """Run the blocks with this program, one after another, as a reader would."""
-    home = {"HOME": str(clone / "home"), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["python recipes", "akl "])
+def test_shell_examples_run(clone: Path, judge: Server, program: str) -> None:
+    """The blocks with this program, one after another, as a reader would run them."""
+    home = {"HOME": str(clone / "home"), "PATH": f"{warm()}{os.pathsep}{os.environ['PATH']}"}
     blocks = [block for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) if program in block]
     assert len(blocks) > 5
     for block in blocks:
@@ -108,21 +110,11 @@ def follow(program: str, clone: Path, judge: Server) -> None:
         assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.slow
-def test_shell_examples_run(clone: Path, judge: Server) -> None:
-    (clone / "akl").mkdir()
-    for needed in ("models", "pairs.jsonl", "student.jsonl", "baseline.jsonl"):
-        (clone / "akl" / needed).symlink_to(clone / needed)
-    with ThreadPoolExecutor(2) as readers:
-        akl = readers.submit(follow, "akl ", clone / "akl", judge)
-        readers.submit(follow, "python recipes", clone, judge).result()
-        akl.result()
-
-
-@pytest.mark.parametrize("name", known_divergences())
-def test_the_table_has_every_divergence(name: str) -> None:
-    if name in {cls.__name__ for cls in Divergence.__subclasses__() if cls.__module__ == AdaptiveKL.__module__}:
-        assert re.search(rf"^\| `{name}\(", README, re.M)
+def test_the_table_has_every_divergence_and_no_other() -> None:
+    table = README.split("## The divergences")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)\(", table, re.M)
+    assert {"AdaptiveKL", "ForwardKL", "SkewKL"} < set(rows)
+    assert set(rows) == {name for name in known_divergences() if hasattr(divergences, name)}
 
 
 def test_the_messages_are_those_of_the_code() -> None:

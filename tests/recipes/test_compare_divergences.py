@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from recipes.compare_divergences import BASELINES, difference, draw, spread
+from tests.commands.start import python
 from tests.conftest import PAIRS, gpt2
 
 RECIPE = Path(__file__).parents[2] / "recipes/compare_divergences.py"
@@ -42,7 +42,7 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(RECIPE), "--setting", "setting.yaml", "--teacher", "teacher", "--output", "out"]
+    command = [python(), str(RECIPE), "--setting", "setting.yaml", "--teacher", "teacher", "--output", "out"]
     command += ["--decoding.max_new_tokens", "6", "--decoding.seeds", "[10,20]", "--train_size", "20", *arguments]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ}
@@ -66,7 +66,7 @@ def test_killed_then_two_at_once_and_a_report(folder: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()  # until all that has its output is gone
     outputs = [finish(one) for one in [start(folder, *arguments) for _ in range(2)]]
     assert all("| SeqKD |" in output for output in outputs)
 

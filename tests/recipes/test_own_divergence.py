@@ -12,6 +12,7 @@ import yaml
 from akl_lightning import functional as F
 from akl_lightning.criterion import DistillationCriterion
 from recipes.own_divergence import AlphaDivergence
+from tests.commands.start import python
 from tests.conftest import gpt2
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_chunks_and_statistics_come_for_free() -> None:
 
 
 def test_the_recipe_runs(models: Path, corpus: str) -> None:
-    command = [sys.executable, str(ROOT / "recipes/own_divergence.py"), "--teacher", "large", "--pairs", corpus]
+    command = [python(), str(ROOT / "recipes/own_divergence.py"), "--teacher", "large", "--pairs", corpus]
     result = run([*command, "--order", "0.3", "--batch_size", "8"], models)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'val/divergence': " in result.stdout and "'val/head_error': " in result.stdout
@@ -73,6 +74,7 @@ def test_it_is_named_on_the_command_line(models: Path, corpus: str) -> None:
         "--trainer.max_epochs": "1", "--trainer.accelerator": "cpu", "--trainer.logger": "CSVLogger",
         "--trainer.logger.save_dir": "logs",
     }  # fmt: skip
+    # As it is installed, from its start to its end; other tests of commands leave out the imports.
     akl = Path(sys.executable).with_name("akl")
     command = [str(akl), "fit", *(part for pair in arguments.items() for part in pair)]
     result = run(command, models, PYTHONPATH=str(ROOT))

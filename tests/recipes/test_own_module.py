@@ -3,7 +3,6 @@
 import copy
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from akl_lightning.data.module import InstructionDataModule
 from recipes.own_module import HiddenStateDistillation
+from tests.commands.start import python
 from tests.conftest import QUIET, gpt2, write
 from tests.test_module import loader, parameters, samples, stack
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(data: InstructionDataMod
 def test_the_recipe_runs(tokenizer, corpus: str, tmp_path: Path) -> None:
     gpt2(24, positions=256, layers=3).save_pretrained(tmp_path / "large")
     tokenizer.save_pretrained(tmp_path / "large")
-    command = [sys.executable, str(RECIPE), "--teacher", "large", "--pairs", corpus, "--batch_size", "8"]
+    command = [python(), str(RECIPE), "--teacher", "large", "--pairs", corpus, "--batch_size", "8"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'train/hidden_distance': " in result.stdout

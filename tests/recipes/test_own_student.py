@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from lightning.pytorch import Trainer
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.module import DistillationModule
 from recipes.own_student import RecurrentLM
+from tests.commands.start import python
 from tests.conftest import QUIET, gpt2
 from tests.test_module import parameters
 
@@ -51,7 +51,7 @@ def test_answers_are_greedy_and_padding_on_the_left_does_not_count() -> None:
 def test_the_recipe_runs(tokenizer, corpus: str, tmp_path: Path) -> None:
     gpt2(24, positions=256).save_pretrained(tmp_path / "large")
     tokenizer.save_pretrained(tmp_path / "large")
-    command = [sys.executable, str(RECIPE), "--teacher", "large", "--pairs", corpus, "--width", "16"]
+    command = [python(), str(RECIPE), "--teacher", "large", "--pairs", corpus, "--width", "16"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'val/fkl': " in result.stdout

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from akl_lightning.divergences import ForwardKL, ReverseKL
 from recipes.toy_convergence import descend, errors, teachers
+from tests.commands.start import python
 
 RECIPE = Path(__file__).parents[2] / "recipes/toy_convergence.py"
 
@@ -43,7 +43,7 @@ def test_head_share_by_hand() -> None:
 
 
 def test_the_recipe_reports_and_overwrites_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--steps", "10", "--shown", "[1, 10]", "--output", "out/toy"]
+    command = [python(), str(RECIPE), "--steps", "10", "--shown", "[1, 10]", "--output", "out/toy"]
     for _ in range(2):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
         assert result.returncode == 0, result.stderr
@@ -54,7 +54,7 @@ def test_the_recipe_reports_and_overwrites_nothing(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_never_made(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--steps", "10"]
+    command = [python(), str(RECIPE), "--steps", "10"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
     assert result.returncode == 2
     assert "must name steps between 1 and steps = 10" in result.stderr and "Traceback" not in result.stderr

@@ -1,13 +1,11 @@
 """Writing a cache: killed, resumed, on a full disk, from the command line."""
 
 import json
-import os
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.teachers.cache.format import open_shard
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
+from tests.commands.start import python, warm
 from tests.conftest import QUIET, gpt2, write
 
 SIZES = {"max_length": 40, "batch_size": 4, "validation_size": 4, "test_size": 4}
@@ -36,15 +35,11 @@ def folder(tmp_path: Path, tokenizer: Any, corpus: str) -> Path:
     return tmp_path
 
 
-def akl(folder: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+def akl(folder: Path, *arguments: str, command: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = command or [str(warm() / "akl")]
     data = ["--data.tokenizer=teacher", "--data.source=JsonLines", "--data.source.path=pairs.jsonl"]
     data += [f"--data.{name}={value}" for name, value in SIZES.items()]
-    command = [sys.executable, "-m", "akl_lightning.cli", *arguments, *data]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False, **settings
-    )
+    return subprocess.run([*command, *arguments, *data], cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def manifest(cache: Path) -> dict[str, Any]:
@@ -96,18 +91,14 @@ write_cache(writer, data, Trainer(accelerator="cpu", logger=False))
 def killed(folder: Path) -> None:
     """Start a slow writer and kill it when it has some shards."""
     (folder / "slow.py").write_text(SLOW.replace("{sizes}", repr(SIZES)))
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(
-        [sys.executable, "slow.py"], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([python(), "slow.py"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while len(list((folder / "cache").glob("shard-*"))) < 3 and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
+        process.communicate(timeout=30)  # until all that has its output is gone
     finally:
         process.kill()
         process.wait()
@@ -175,13 +166,12 @@ def test_more_data_are_added_to_a_finished_cache(folder: Path, tokenizer: Any, d
 
 
 def test_a_full_disk_ends_with_one_sentence(folder: Path) -> None:
-    def limit() -> None:
-        # The manifest fits, the output layer (28,800 bytes) or a shard (54,534 bytes) does not.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
-
+    # The manifest fits, the output layer (28,800 bytes) or a shard (54,534 bytes) does not.
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000)); "
+    limited += "from akl_lightning.cli import main; main()"
     for number, settings in enumerate(([], ["--model.top_k=20"])):
         cache = ["cache", "--model.teacher=teacher", f"--model.path=cache{number}", *settings]
-        result = akl(folder, *cache, preexec_fn=limit)
+        result = akl(folder, *cache, command=[python(), "-c", limited])
         assert result.returncode == 2, result.stderr[-2000:]
         (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert "cannot write" in error and "File too large" in error and "run the same command again" in error
