@@ -27,6 +27,7 @@ from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.functional import log_probs
 from akl_lightning.metrics import distillation_metrics
+from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.load import Precision, load_causal_lm
 from akl_lightning.models.lora import LoraSettings, add_lora
 from akl_lightning.models.packing import pack
@@ -234,20 +235,23 @@ class DistillationModule(LightningModule):
         """Add to a batch what is found from it on the host: a subclass with a transfer hook of its own calls it there.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``; whatever else a model's
+                forward knows (``position_ids``, ``pixel_values``, …) is passed on to it.
 
         Returns:
-            The batch with ``response``, its :class:`Response`; with ``packed`` where samples are packed; with what the
-            teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
+            The batch with ``response``, its :class:`Response`; with ``layout``; with ``packed`` where samples are
+            packed; with what the teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
 
         Raises:
-            UsageError: one of the three is missing; the teacher's cache lacks a sample.
+            UsageError: one of the three is missing; a model cannot be given an entry; the teacher's cache lacks a
+                sample.
         """
         for key in BATCH_KEYS:
             if key not in batch:
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
+        self.student.check_inputs(batch, "student")
         response = Response(*self.criterion.response_positions(batch["labels"]))
-        prepared = {**batch, "response": response}
+        prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
         return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
@@ -300,8 +304,8 @@ class DistillationModule(LightningModule):
         """
         if self.teacher is None:
             raise UsageError("the module has no teacher: give it one to compare the student with.")
-        # A cache finds a sample by all of its response positions.
-        batch = self.prepare_batch(batch)
+        if "response" not in batch:
+            batch = self.prepare_batch(batch)
         positions, labels = batch["response"]
         pairs: list[tuple[Tensor, Tensor]] = []
 

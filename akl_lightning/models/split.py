@@ -13,6 +13,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import plain_decoding, stop_tokens
+from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
 from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
 from akl_lightning.models.packing import Packed, pack
 from akl_lightning.projection import Logits, Projection
@@ -45,6 +47,8 @@ class SplitModel(nn.Module):
         self.packing = packing
         self._splits: bool | None = None
         """Whether head and hidden states give the model's logits; None before it was looked at."""
+        self._tells_apart = False
+        """Whether it was looked at that samples in one row see nothing of each other."""
         self._compiled = False
 
     @property
@@ -129,9 +133,11 @@ class SplitModel(nn.Module):
     def generate(self, prompts: Batch, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
         """Answers to left-padded prompts: token ids ``[batch, new_tokens]``; greedy unless it is said otherwise.
 
+        Of the generation config of a ``transformers`` model the stop tokens count, and nothing else.
+
         Args:
             prompts: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
-            tokenizer: the data's, with whose end-of-text token an answer ends.
+            tokenizer: the data's, with whose end-of-text token an answer ends, too.
             arguments: of ``transformers``' ``generate``.
 
         Raises:
@@ -142,13 +148,14 @@ class SplitModel(nn.Module):
             raise UsageError(
                 f"{type(self.model).__name__} has no generate method: override the module's generate to answer with it."
             )
-        # Else a model's own generation config has its say: other ends, penalties, beams.
+        # A module of the user's own may know less of this, and have a config all the same.
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        if tokenizer is not None:
-            end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-            settings |= {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
+        model = self.causal_lm if self.causal_lm is not None else self.model
+        if ends := stop_tokens(model, tokenizer):
+            pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-        with self._eagerly():
+        with self._eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
             tokens = generate(**inputs, **{**settings, **arguments})
         return tokens[:, prompts["input_ids"].shape[1] :]
 
@@ -157,7 +164,37 @@ class SplitModel(nn.Module):
         if self.causal_lm is None:
             output = self.model(batch)
             return getattr(output, "logits", output)
-        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return self.model(**self._inputs(batch), use_cache=False).logits
+
+    def check_inputs(self, batch: Batch, role: str) -> None:
+        """Raise :class:`UsageError` for what a batch carries and a ``transformers`` model could not be given.
+
+        Args:
+            batch: as a DataLoader gives it.
+            role: what the message calls the model.
+        """
+        if self.causal_lm is not None:
+            check_inputs(self.causal_lm, batch, role, self.packing)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What a ``transformers`` model is called with on a batch that is not packed."""
+        assert self.causal_lm is not None
+        layout = batch.get("layout") or lay_out(batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | extra_inputs(self.causal_lm, batch)
+        if layout.position_ids is not None and "position_ids" in known_inputs(self.causal_lm):
+            inputs["position_ids"] = layout.position_ids
+        if layout.segments is not None:
+            inputs["attention_mask"] = self._mask(layout.segments)
+        return inputs
+
+    def _mask(self, position_ids: Tensor) -> Any:
+        """A mask for each kind of layer, by which samples in a row see nothing of each other.
+
+        A model makes it from positions itself only where it gets no mask, and some models never do.
+        """
+        assert self.causal_lm is not None
+        like = torch.empty(*position_ids.shape, 0, dtype=self.causal_lm.dtype, device=position_ids.device)
+        return create_masks_for_generate(self.causal_lm.config, like, None, None, position_ids=position_ids)
 
     def projection(self, batch: Batch, positions: Tensor, packed: Packed | None = None) -> Projection:
         """The logits at ``positions``, as hidden states and head.
@@ -170,11 +207,9 @@ class SplitModel(nn.Module):
         assert self.causal_lm is not None and self.head is not None
         config = self.causal_lm.config
         if packed is None:
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            inputs = self._inputs(batch)
         else:
-            # A mask for each kind of layer that the model has; some models do not make them from positions.
-            like = torch.empty(*packed.input_ids.shape, 0, dtype=self.causal_lm.dtype, device=packed.input_ids.device)
-            mask = create_masks_for_generate(config, like, None, None, position_ids=packed.position_ids)
+            mask = self._mask(packed.position_ids)
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
             positions = packed.places.flatten()[positions]
         hidden = self.causal_lm.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[positions]
@@ -188,8 +223,9 @@ class SplitModel(nn.Module):
         """Logits, or what gives them.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``; where samples are packed, ``packed``
-                too, if :func:`~akl_lightning.models.packing.pack` was called before the batch went to its device.
+            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``, and whatever else the model knows;
+                where samples are packed, ``packed`` too, if :func:`~akl_lightning.models.packing.pack` was called
+                before the batch went to its device, and so ``layout``, of :func:`~akl_lightning.models.inputs.lay_out`.
             positions: only these are asked for: indices into the flattened batch, ``[tokens]``.
 
         Returns:
@@ -201,8 +237,9 @@ class SplitModel(nn.Module):
         """
         if positions is not None and self._splits is None:
             self._splits = self.head is not None and self._gives_own_logits(batch)
-            if self.packing:
-                self._check_packing(batch)
+        if positions is not None and not self._tells_apart and self._shares_rows(batch):
+            self._check_packing(batch)
+            self._tells_apart = True
         try:
             if positions is None:
                 return self.logits(batch)
@@ -236,6 +273,11 @@ class SplitModel(nn.Module):
             return False
         return True
 
+    def _shares_rows(self, batch: Batch) -> bool:
+        """Whether several samples lie in a row, by the package or by the batch's own positions."""
+        own = self.causal_lm is not None and (batch.get("layout") or lay_out(batch)).segments is not None
+        return self.packing or own
+
     @torch.no_grad()
     def _check_packing(self, batch: Batch) -> None:
         """Compare a sample behind another one in a row with the same sample alone."""
@@ -255,9 +297,9 @@ class SplitModel(nn.Module):
                 own = self.projection(alone, positions).hidden
             behaves = not outputs_differ(own, packed, coarse=5e-2)
         if not behaves:
+            way_out = "set model.packing to false" if self.packing else "give each sample of the batch a row of its own"
             raise UsageError(
-                f"{type(self.causal_lm or self.model).__name__} does not tell samples in one row apart: set "
-                "model.packing to false."
+                f"{type(self.causal_lm or self.model).__name__} does not tell samples in one row apart: {way_out}."
             )
 
 
