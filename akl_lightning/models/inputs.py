@@ -1,12 +1,12 @@
 """What of a batch a model is given beside its tokens, and where the tokens stand."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from akl_lightning.errors import UsageError
 
@@ -114,6 +114,10 @@ def check_inputs(model: Any, batch: Mapping[str, Any], role: str, packing: bool)
         )
 
 
+def _parameters(kind: type[nn.Module]) -> frozenset[str]:
+    return _named_by(kind.forward)
+
+
 @lru_cache
-def _parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _named_by(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

@@ -130,6 +130,10 @@ class SplitModel(nn.Module):
                 f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
             )
 
+    def stop_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+        """Tokens with which an answer of the model ends, see :func:`~akl_lightning.models.generation.stop_tokens`."""
+        return stop_tokens(self.model if self.causal_lm is None else self.causal_lm, tokenizer)
+
     def generate(self, prompts: Batch, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
         """Answers to left-padded prompts: token ids ``[batch, new_tokens]``; greedy unless it is said otherwise.
 
@@ -150,8 +154,7 @@ class SplitModel(nn.Module):
             )
         # A module of the user's own may know less of this, and have a config all the same.
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        model = self.causal_lm if self.causal_lm is not None else self.model
-        if ends := stop_tokens(model, tokenizer):
+        if ends := self.stop_tokens(tokenizer):
             pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
             settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
