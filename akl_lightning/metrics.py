@@ -77,12 +77,13 @@ class HeadTailError(Metric):
         return {"head_error": self.head / self.tokens, "tail_error": self.tail / self.tokens}
 
 
-def distillation_metrics(prefix: str, with_teacher: bool) -> MetricCollection:
+def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = False) -> MetricCollection:
     """What is logged once an epoch under ``prefix``, fed with the statistics of the criterion.
 
     Args:
         prefix: ``train/``, ``val/`` or ``test/``.
         with_teacher: without one, only loss and cross entropy exist.
+        with_router: whether a mixture of experts has a loss of its router's.
     """
     metrics: dict[str, Metric | MetricCollection] = {
         name: TokenMean(name)
@@ -91,4 +92,6 @@ def distillation_metrics(prefix: str, with_teacher: bool) -> MetricCollection:
     }
     if with_teacher:
         metrics["head_tail"] = HeadTailError()
+    if with_router:
+        metrics["router_loss"] = TokenMean("router_loss")
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)

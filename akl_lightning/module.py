@@ -41,7 +41,7 @@ from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
-from akl_lightning.token_mean import StepMean
+from akl_lightning.token_mean import StepMean, with_router_loss
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -69,7 +69,10 @@ class DistillationModule(LightningModule):
     split. A subclass that adds a loss of its own adds a sum over tokens too.
 
     Logged: ``{train,val,test}/{loss,divergence,cross_entropy,fkl,rkl,head_error,tail_error,head_weight,
-    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step.
+    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step. Of a mixture
+    of experts whose config asks for its router's loss (``output_router_logits``), that is added as ``transformers``
+    weighs it, times the response tokens of a micro-batch, and logged as ``router_loss``; it alone depends on how
+    samples are split into micro-batches.
 
     Lightning's own callbacks and tools work with it, but for these: averages of weights (SWA, EMA) are not taken of a
     sharded student, the learning-rate finder compares summed losses and so wants samples that are not grouped by
@@ -157,7 +160,8 @@ class DistillationModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
         for stage in ("train", "val", "test"):
-            self.add_module(f"{stage}_metrics", distillation_metrics(f"{stage}/", with_teacher=teacher is not None))
+            metrics = distillation_metrics(f"{stage}/", teacher is not None, self.student.has_router_loss)
+            self.add_module(f"{stage}_metrics", metrics)
         self.lr: float | None = None
         """Learning rate of all parameter groups in place of the optimizer's own, or None; Lightning's finder sets it. A
         subclass that overrides :meth:`configure_optimizers` reads it there."""
@@ -268,6 +272,8 @@ class DistillationModule(LightningModule):
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
             output = self.compare(student, teacher, labels)
+            if (router_loss := self.student.take_router_loss()) is not None:
+                output = with_router_loss(output, router_loss)
         finally:
             if self.teacher is not None:
                 self.teacher.release()

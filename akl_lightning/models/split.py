@@ -17,6 +17,7 @@ from akl_lightning.models.generation import plain_decoding, stop_tokens
 from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
 from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
 from akl_lightning.models.packing import Packed, pack
+from akl_lightning.models.router import router_loss, wants_router_loss
 from akl_lightning.projection import Logits, Projection
 
 Batch = Mapping[str, Any]
@@ -50,6 +51,7 @@ class SplitModel(nn.Module):
         self._tells_apart = False
         """Whether it was looked at that samples in one row see nothing of each other."""
         self._compiled = False
+        self._router_loss: Tensor | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel | None:
@@ -62,6 +64,16 @@ class SplitModel(nn.Module):
         """The layer that projects hidden states onto the vocabulary, or None where the body cannot run without it."""
         model = self.causal_lm
         return None if model is None or model.base_model is model else model.get_output_embeddings()
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether this is a mixture of experts whose config asks for its router's loss."""
+        return wants_router_loss(self.causal_lm)
+
+    def take_router_loss(self) -> Tensor | None:
+        """The weighted loss of the router in the last forward, once; None where the config does not ask for it."""
+        loss, self._router_loss = self._router_loss, None
+        return loss
 
     @property
     def config(self) -> Any:
@@ -167,7 +179,11 @@ class SplitModel(nn.Module):
         if self.causal_lm is None:
             output = self.model(batch)
             return getattr(output, "logits", output)
-        return self.model(**self._inputs(batch), use_cache=False).logits
+        more = {"output_router_logits": True} if self.has_router_loss else {}
+        output = self.model(**self._inputs(batch), **more, use_cache=False)
+        if self.has_router_loss:
+            self._router_loss = router_loss(self.causal_lm, output, batch["attention_mask"])
+        return output.logits
 
     def check_inputs(self, batch: Batch, role: str) -> None:
         """Raise :class:`UsageError` for what a batch carries and a ``transformers`` model could not be given.
@@ -215,7 +231,12 @@ class SplitModel(nn.Module):
             mask = self._mask(packed.position_ids)
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
             positions = packed.places.flatten()[positions]
-        hidden = self.causal_lm.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[positions]
+        more = {"output_router_logits": True} if self.has_router_loss else {}
+        output = self.causal_lm.base_model(**inputs, **more, use_cache=False)
+        if self.has_router_loss:
+            counts = batch["attention_mask"] if packed is None else packed.mask
+            self._router_loss = router_loss(self.causal_lm, output, counts)
+        hidden = output[0].flatten(0, 1)[positions]
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             hidden = hidden * config.logit_scale
         if getattr(config, "logits_scaling", None) is not None:  # Granite
@@ -245,7 +266,9 @@ class SplitModel(nn.Module):
             self._tells_apart = True
         try:
             if positions is None:
-                return self.logits(batch)
+                logits = self.logits(batch)
+                self.take_router_loss()  # nobody asks for it, and it holds on to the whole forward
+                return logits
             if not self._splits:
                 return self.logits(batch).flatten(0, 1)[positions]
             packed = (batch.get("packed") or pack(batch)) if self.packing else None
@@ -262,12 +285,18 @@ class SplitModel(nn.Module):
         tokens = _longest(batch)[None, :PROBE_TOKENS]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with evaluating(self.model), self._eagerly():
-            own = self.logits(row)[0]
+            own, own_router_loss = self.logits(row)[0], self.take_router_loss()
             projection = self.projection(row, torch.arange(tokens.numel(), device=tokens.device))
-            logits = projection.head(projection.hidden)
+            logits, loss = projection.head(projection.hidden), self.take_router_loss()
         if (cap := projection.soft_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
         torch.clear_autocast_cache()  # what it has cast without a gradient here must not serve the step
+        if own_router_loss is not None and (loss is None or outputs_differ(own_router_loss[None], loss[None])):
+            rank_zero_warn(
+                f"{type(self.causal_lm).__name__}: the loss of its router cannot be told from what its body gives; "
+                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
+            )
+            return False
         if own.shape != logits.shape or outputs_differ(own, logits):
             rank_zero_warn(
                 f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
