@@ -65,6 +65,14 @@ class StepMean:
         """
         self._micro_batches.append(MicroBatch(batch_idx, loss.detach(), cross_entropy.sum(), cross_entropy.numel()))
 
+    def leave_out(self, batch_idx: int) -> None:
+        """Count nothing of a micro-batch that gets no backward pass.
+
+        Args:
+            batch_idx: its number in the epoch.
+        """
+        self._micro_batches = [kept for kept in self._micro_batches if kept.batch_idx != batch_idx]
+
     def average(self, module: "DistillationModule") -> Tensor:
         """Turn the module's gradients, sums over each micro-batch, into means over the tokens of the step.
 
