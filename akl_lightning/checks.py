@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -40,6 +41,11 @@ def check_run(module: "DistillationModule", stage: str) -> None:
     trainer, data, facts = module.trainer, data_of(module.trainer), facts_of_run(module.trainer)
     if trainer.strategy.root_device.type == "mps":
         raise UsageError("MPS has no float64, in which sums over tokens are kept: give trainer.accelerator cpu.")
+    if isinstance(data, InstructionDataModule) and module.criterion.ignore_index != IGNORE_INDEX:
+        raise UsageError(
+            f"criterion.ignore_index = {module.criterion.ignore_index} and {type(data).__name__} labels with "
+            f"{IGNORE_INDEX} what is not to be learnt: leave it at {IGNORE_INDEX}."
+        )
     models: dict[str, SplitModel | Teacher] = {"student": module.student}
     if module.teacher is not None:
         models["teacher"] = module.teacher

@@ -88,6 +88,15 @@ def forget_loaded_data(trainer: Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
+def evaluated_loaders(trainer: Trainer) -> Any:
+    """What a validation or test that is under way has for its loaders: one, a list, or a mapping.
+
+    ``trainer.val_dataloaders`` are those of the last fit, even in a validation of its own behind it.
+    """
+    loader = trainer._evaluation_loop._combined_loader
+    return None if loader is None else loader.iterables
+
+
 def log_step_now(trainer: Trainer) -> None:
     """Give the loggers the metrics of the step that has just ended, before Lightning does."""
     trainer._logger_connector.update_train_step_metrics()

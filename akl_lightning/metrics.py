@@ -1,5 +1,6 @@
 """Means over response tokens as torchmetrics: right across batches, ranks and a resume."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,12 +78,13 @@ class HeadTailError(Metric):
         return {"head_error": self.head / self.tokens, "tail_error": self.tail / self.tokens}
 
 
-def distillation_metrics(prefix: str, with_teacher: bool) -> MetricCollection:
+def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = False) -> MetricCollection:
     """What is logged once an epoch under ``prefix``, fed with the statistics of the criterion.
 
     Args:
         prefix: ``train/``, ``val/`` or ``test/``.
         with_teacher: without one, only loss and cross entropy exist.
+        with_router: whether a mixture of experts has a loss of its router's.
     """
     metrics: dict[str, Metric | MetricCollection] = {
         name: TokenMean(name)
@@ -91,4 +93,17 @@ def distillation_metrics(prefix: str, with_teacher: bool) -> MetricCollection:
     }
     if with_teacher:
         metrics["head_tail"] = HeadTailError()
+    if with_router:
+        metrics["router_loss"] = TokenMean("router_loss")
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+def names_of_sets(loaders: Any) -> list[str]:
+    """What several sets of samples are called that are evaluated one after another: by key, or by number from 0.
+
+    >>> names_of_sets({"news": [1], "code": [2]}), names_of_sets([[1], [2]]), names_of_sets([[1]])
+    (['news', 'code'], ['0', '1'], [])
+    """
+    if not isinstance(loaders, Mapping | list | tuple) or len(loaders) < 2:
+        return []
+    return [str(name) for name in (loaders if isinstance(loaders, Mapping) else range(len(loaders)))]

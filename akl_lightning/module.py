@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import AtomicCheckpointIO
 from akl_lightning.checks import check_callbacks, check_run
-from akl_lightning.compat import trainer_of
+from akl_lightning.compat import evaluated_loaders, trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.functional import log_probs
-from akl_lightning.metrics import distillation_metrics
+from akl_lightning.metrics import distillation_metrics, names_of_sets
+from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.load import Precision, load_causal_lm
 from akl_lightning.models.lora import LoraSettings, add_lora
 from akl_lightning.models.packing import pack
@@ -40,7 +41,7 @@ from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
-from akl_lightning.token_mean import StepMean
+from akl_lightning.token_mean import StepMean, with_router_loss
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -68,7 +69,14 @@ class DistillationModule(LightningModule):
     split. A subclass that adds a loss of its own adds a sum over tokens too.
 
     Logged: ``{train,val,test}/{loss,divergence,cross_entropy,fkl,rkl,head_error,tail_error,head_weight,
-    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step.
+    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step. Of a mixture
+    of experts whose config asks for its router's loss (``output_router_logits``), that is added as ``transformers``
+    weighs it, times the response tokens of a micro-batch, and logged as ``router_loss``; it alone depends on how
+    samples are split into micro-batches.
+
+    Several sets of validation or test samples, a list or mapping of loaders, are each logged under their own name,
+    ``val/NAME/...``, a mapping's key or a list's number from 0; the first of them as ``val/...``, too, so that
+    ``monitor`` finds it.
 
     Lightning's own callbacks and tools work with it, but for these: averages of weights (SWA, EMA) are not taken of a
     sharded student, the learning-rate finder compares summed losses and so wants samples that are not grouped by
@@ -162,7 +170,10 @@ class DistillationModule(LightningModule):
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
         for stage in ("train", "val", "test"):
-            self.add_module(f"{stage}_metrics", distillation_metrics(f"{stage}/", with_teacher=teacher is not None))
+            metrics = distillation_metrics(f"{stage}/", teacher is not None, self.student.has_router_loss)
+            self.add_module(f"{stage}_metrics", metrics)
+        # Of the second and further sets of samples that are evaluated one after another.
+        self.further_metrics = nn.ModuleDict({stage: nn.ModuleList() for stage in ("val", "test")})
         self.lr: float | None = None
         """Learning rate of all parameter groups in place of the optimizer's own, or None; Lightning's finder sets it. A
         subclass that overrides :meth:`configure_optimizers` reads it there."""
@@ -238,20 +249,23 @@ class DistillationModule(LightningModule):
         """Add to a batch what is found from it on the host: a subclass with a transfer hook of its own calls it there.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``; whatever else a model's
+                forward knows (``position_ids``, ``pixel_values``, …) is passed on to it.
 
         Returns:
-            The batch with ``response``, its :class:`Response`; with ``packed`` where samples are packed; with what the
-            teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
+            The batch with ``response``, its :class:`Response`; with ``layout``; with ``packed`` where samples are
+            packed; with what the teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
 
         Raises:
-            UsageError: one of the three is missing; the teacher's cache lacks a sample.
+            UsageError: one of the three is missing; a model cannot be given an entry; the teacher's cache lacks a
+                sample.
         """
         for key in BATCH_KEYS:
             if key not in batch:
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
+        self.student.check_inputs(batch, "student")
         response = Response(*self.criterion.response_positions(batch["labels"]))
-        prepared = {**batch, "response": response}
+        prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
         return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
@@ -268,6 +282,8 @@ class DistillationModule(LightningModule):
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
             output = self.compare(student, teacher, labels)
+            if (router_loss := self.student.take_router_loss()) is not None:
+                output = with_router_loss(output, router_loss)
         finally:
             if self.teacher is not None:
                 self.teacher.release()
@@ -304,8 +320,8 @@ class DistillationModule(LightningModule):
         """
         if self.teacher is None:
             raise UsageError("the module has no teacher: give it one to compare the student with.")
-        # A cache finds a sample by all of its response positions.
-        batch = self.prepare_batch(batch)
+        if "response" not in batch:
+            batch = self.prepare_batch(batch)
         positions, labels = batch["response"]
         pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -327,13 +343,21 @@ class DistillationModule(LightningModule):
         """Loss (a sum over response tokens) and per-token statistics, which callbacks find in ``outputs``."""
         return self._step(batch, self.train_metrics)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Feed the validation metrics; statistics as in :meth:`training_step`."""
-        return self._step(batch, self.val_metrics)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Feed the validation metrics of this set of samples; statistics as in :meth:`training_step`."""
+        return self._step(batch, self._metrics_of_set("val", dataloader_idx))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Feed the test metrics; statistics as in :meth:`training_step`."""
-        return self._step(batch, self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Feed the test metrics of this set of samples; statistics as in :meth:`training_step`."""
+        return self._step(batch, self._metrics_of_set("test", dataloader_idx))
+
+    def _metrics_of_set(self, stage: str, number: int) -> MetricCollection:
+        further: Any = self.further_metrics[stage]
+        first = self.val_metrics if stage == "val" else self.test_metrics
+        while len(further) < number:
+            further.append(first.clone())
+            further[-1].reset()
+        return further[number - 1] if number else first
 
     def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
@@ -351,6 +375,11 @@ class DistillationModule(LightningModule):
             prompts, self.find_tokenizer(), **arguments, synced_gpus=isinstance(self, FSDPModule)
         )
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Count nothing of a batch for which :meth:`training_step` has returned None."""
+        if self.automatic_optimization and not outputs:
+            self.step_mean.leave_out(batch_idx)
+
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""
         self.step_mean.check(self)
@@ -358,12 +387,12 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
-        self._log_means(self.val_metrics)
+        self._log_sets("val")
         self._release()
 
     def on_test_epoch_end(self) -> None:
         """Log the test means."""
-        self._log_means(self.test_metrics)
+        self._log_sets("test")
         self._release()
 
     def on_predict_epoch_end(self) -> None:
@@ -375,9 +404,20 @@ class DistillationModule(LightningModule):
         if isinstance(self, FSDPModule):
             self.reshard()
 
-    def _log_means(self, metrics: MetricCollection) -> None:
-        self.log_dict({name: mean.float() for name, mean in metrics.compute().items()})
+    def _log_sets(self, stage: str) -> None:
+        """Log each of several sets of samples under its name, and the first as if it were alone."""
+        names = names_of_sets(evaluated_loaders(self.trainer))
+        for number, name in enumerate(names or [""]):
+            means = self._log_means(self._metrics_of_set(stage, number), log=number == 0)
+            if names:
+                self.log_dict({f"{stage}/{name}/{key.removeprefix(f'{stage}/')}": mean for key, mean in means.items()})
+
+    def _log_means(self, metrics: MetricCollection, log: bool = True) -> dict[str, Tensor]:
+        means = {name: mean.float() for name, mean in metrics.compute().items()}
+        if log:
+            self.log_dict(means)
         metrics.reset()
+        return means
 
     # ----------------------------------------------------------------------------------------------------------------
     # Optimization
@@ -401,6 +441,8 @@ class DistillationModule(LightningModule):
 
         def closure() -> Any:
             loss = optimizer_closure() if optimizer_closure is not None else None
+            if loss is None:  # Lightning leaves a batch out for which training_step returns None
+                self.step_mean.leave_out(batch_idx)
             mean = self.step_mean.average(self)
             self.log("train/loss_step", mean, prog_bar=True, on_step=True, on_epoch=False)
             return loss

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from akl_lightning.compat import multiply_all
+from akl_lightning.criterion import CriterionOutput
 from akl_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ class StepMean:
         """
         self._micro_batches.append(MicroBatch(batch_idx, loss.detach(), cross_entropy.sum(), cross_entropy.numel()))
 
+    def leave_out(self, batch_idx: int) -> None:
+        """Count nothing of a micro-batch that gets no backward pass.
+
+        Args:
+            batch_idx: its number in the epoch.
+        """
+        self._micro_batches = [kept for kept in self._micro_batches if kept.batch_idx != batch_idx]
+
     def average(self, module: "DistillationModule") -> Tensor:
         """Turn the module's gradients, sums over each micro-batch, into means over the tokens of the step.
 
@@ -112,6 +121,22 @@ class StepMean:
             module.stop_agreed |= stop > 0
             if math.isnan(loss):
                 raise UsageError(_sentence(step, math.isnan(cross_entropy)))
+
+
+def with_router_loss(output: CriterionOutput, router_loss: Tensor) -> CriterionOutput:
+    """Add the loss of a mixture of experts' router to what a micro-batch costs.
+
+    ``transformers`` adds it to a mean over tokens, so each response token of the micro-batch gets it here. It depends
+    on which samples form a micro-batch, as it balances the experts over all of their tokens.
+
+    Args:
+        output: of the criterion.
+        router_loss: a scalar, weighted.
+    """
+    statistics, router_loss = output.statistics, router_loss.to(output.loss.dtype)
+    of_token = router_loss.detach().expand_as(statistics["loss"])
+    statistics = {**statistics, "loss": statistics["loss"] + of_token, "router_loss": of_token}
+    return output._replace(loss=output.loss + len(of_token) * router_loss, statistics=statistics)
 
 
 def scale_(gradients: list[Tensor], factor: Tensor) -> None:

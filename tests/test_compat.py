@@ -153,6 +153,21 @@ def test_data_that_were_loaded_are_forgotten() -> None:
         assert loaded == [True, True] and trainer.global_step == 2
 
 
+def test_loaders_of_an_evaluation() -> None:
+    with relies_on("Lightning's evaluation loops keep their loaders in _combined_loader"):
+        seen: list[Any] = []
+
+        class Looks(BoringModel):
+            def on_validation_epoch_end(self) -> None:
+                seen.append(compat.evaluated_loaders(self.trainer))
+
+        trainer, module = Trainer(**QUIET, max_epochs=1, limit_train_batches=1, num_sanity_val_steps=0), Looks()
+        one, other = BoringModel().val_dataloader(), {"a": BoringModel().val_dataloader()}
+        trainer.fit(module, val_dataloaders=one)
+        trainer.validate(module, other, verbose=False)
+        assert seen == [one, other]
+
+
 def test_a_step_is_logged_at_once(tmp_path: Path) -> None:
     with relies_on("Lightning's logger connector logs a step by update_train_step_metrics"):
         logged: list[int] = []

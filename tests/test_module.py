@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from akl_lightning.token_mean import StepMean
 from tests import references
-from tests.conftest import QUIET, Bigram, gpt2
+from tests.conftest import QUIET, Bigram, gpt2, write
 
 SGD = {"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.5)}
 NAMES = (
@@ -532,3 +533,139 @@ def test_a_checkpoint_within_an_epoch_wants_the_same_split(tmp_path: Path, data:
         UsageError, match=r"4 samples per device × 1 device × 1 accumulated, not 2 samples per device × 1 device"
     ):
         Trainer(**QUIET, max_steps=4).fit(module(), data, ckpt_path=tmp_path / "two steps.ckpt")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several sets of samples
+
+
+class TwoSets(LightningDataModule):
+    """Validation and test samples of two kinds."""
+
+    def __init__(self, sets: Any) -> None:
+        super().__init__()
+        self.sets = sets
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return loader([stack(samples())])
+
+    def val_dataloader(self) -> Any:
+        return self.sets
+
+    test_dataloader = val_dataloader
+
+
+SETS = [[stack(samples()[:2]), stack(samples()[2:3])], [stack(samples()[3:])], [stack(samples()[6:])]]
+
+
+@pytest.mark.parametrize("kind", ["mapping", "list"])
+def test_each_set_of_samples_is_logged_under_its_name(kind: str, tmp_path: Path) -> None:
+    names = ["news", "code.v1", "chat"] if kind == "mapping" else ["0", "1", "2"]
+    loaders = [loader(batches) for batches in SETS]
+    data = TwoSets(dict(zip(names, loaders, strict=True)) if kind == "mapping" else loaders)
+    module_ = module()
+    best = ModelCheckpoint(tmp_path, monitor=f"val/{names[1]}/divergence", save_top_k=2, filename="{epoch}")
+    settings = {**QUIET, "enable_checkpointing": True}
+    trainer = Trainer(**settings, max_epochs=2, callbacks=[best, EarlyStopping("val/divergence")])
+    trainer.fit(module_, data)
+    (logged,) = {frozenset(trainer.callback_metrics)}
+    expected = {f"val/{name}" for name in NAMES} | {f"val/{one}/{name}" for one in names for name in NAMES}
+    assert {name for name in logged if name.startswith("val/")} == expected
+    scores = [score.item() for score in best.best_k_models.values()]
+    assert len(scores) == 2 and trainer.callback_metrics[f"val/{names[1]}/divergence"].item() in scores
+    for stage, values in (("val", trainer.callback_metrics), ("test", trainer.test(module_, data, verbose=False)[0])):
+        for one, batches in zip(names, SETS, strict=True):
+            by_hand = token_means(module_, batches)
+            for name in NAMES:
+                assert float(values[f"{stage}/{one}/{name}"]) == pytest.approx(by_hand[name], rel=1e-4, abs=1e-6)
+        assert float(values[f"{stage}/fkl"]) == float(values[f"{stage}/{names[0]}/fkl"])
+    # One set behind several, and others behind a fit.
+    (alone,) = trainer.validate(module_, loaders[1], verbose=False)
+    assert set(alone) == {f"val/{name}" for name in NAMES}
+    assert alone["val/fkl"] == pytest.approx(token_means(module_, SETS[1])["fkl"], rel=1e-4)
+    other = trainer.validate(module_, {"a": loaders[2], "b": loaders[0]}, verbose=False)
+    assert other[0]["val/b/fkl"] == pytest.approx(token_means(module_, SETS[0])["fkl"], rel=1e-4)
+
+
+def test_a_cache_holds_every_set(tmp_path: Path) -> None:
+    data = TwoSets({"news": loader(SETS[0]), "code": loader(SETS[1])})
+    module_ = module(teacher=write(gpt2(24), tmp_path / "cache", data))
+    Trainer(**QUIET, max_epochs=1).fit(module_, data)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps that return less
+
+
+class LossAlone(DistillationModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+class OwnStep(DistillationModule):
+    """Compares, and returns a mapping without statistics."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": self.distill(batch).loss}
+
+
+class LeavesOut(DistillationModule):
+    """Returns nothing for some batches, as Lightning understands it: they are left out."""
+
+    left_out: tuple[int, ...] = ()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().training_step(batch, batch_idx)
+        return None if batch_idx in self.left_out else output
+
+
+@pytest.mark.parametrize("kind", [LossAlone, OwnStep])
+def test_a_step_may_return_the_loss_alone(kind: type[DistillationModule]) -> None:
+    rows = samples()
+    batches = [stack(rows[:5]), stack(rows[5:])]
+    settings = {"max_epochs": 2, "accumulate_grad_batches": 2}
+    torch.manual_seed(1)
+    module_ = kind(gpt2(16), gpt2(24), **SGD)
+    Trainer(**QUIET, **settings).fit(module_, loader(batches))
+    assert torch.equal(parameters(module_.student), train(batches, epochs=2, accumulate_grad_batches=2))
+
+
+@pytest.mark.parametrize("left_out", [(0,), (1,), (2,), (1, 2), (3,)])
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_batch_for_which_a_step_returns_nothing_counts_nothing(left_out: tuple[int, ...], window: int) -> None:
+    rows = samples()
+    batches = [stack(rows[start : start + 2]) for start in range(0, 8, 2)]
+    torch.manual_seed(1)
+    module_ = LeavesOut(gpt2(16), gpt2(24), **SGD)
+    module_.left_out = left_out
+    Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=window).fit(module_, loader(batches))
+    # Steps by hand, of the batches that are left.
+    twin = module()
+    for start in range(0, 4, window):
+        kept = [batches[number] for number in range(start, start + window) if number not in left_out]
+        if not kept:
+            continue
+        twin.student.zero_grad()
+        outputs = [twin.distill(batch) for batch in kept]
+        sum(output.loss / sum(len(one.statistics["loss"]) for one in outputs) for output in outputs).backward()
+        with torch.no_grad():
+            for parameter in twin.student.parameters():
+                parameter -= 0.5 * parameter.grad
+    assert torch.allclose(parameters(module_.student), parameters(twin.student), atol=1e-6)
+    assert not module_.in_step
+
+
+def test_a_batch_that_is_left_out_may_be_nan() -> None:
+    class LeavesOutNan(DistillationModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            return output if output["loss"].isfinite() else None
+
+    class Nan(Bigram):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward(batch) * (torch.nan if batch["input_ids"].shape[0] == 3 else 1)
+
+    module_ = LeavesOutNan(gpt2(16), Nan(), **SGD)
+    batches = [stack(samples()[:2]), stack(samples()[2:5]), stack(samples()[5:7])]
+    Trainer(**QUIET, max_epochs=1).fit(module_, loader(batches))
+    assert parameters(module_.student).isfinite().all()

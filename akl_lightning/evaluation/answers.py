@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -97,6 +98,7 @@ class AnswerFile:
         indices: list[int],
         split: str,
         generate: Callable[..., Tensor],
+        ends: Sequence[int],
         together: bool = False,
     ) -> None:
         """Answer the prompts of a batch that have no answer yet, and write the answers down.
@@ -107,6 +109,7 @@ class AnswerFile:
             indices: of the samples in the split.
             split: which one.
             generate: takes left-padded prompts and settings of ``generate``, gives token ids ``[batch, new_tokens]``.
+            ends: the tokens with which an answer ends.
             together: ranks have to generate at the same time, because the model is sharded over them.
         """
         rows = {index: data.splits[split][index] for index in indices if index != FILLER}
@@ -123,7 +126,7 @@ class AnswerFile:
             batch = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
             tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed))
             texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            ended = (tokens == data.tokenizer.eos_token_id).any(-1).tolist()
+            ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(-1).tolist()
             # Asked may be a row that only keeps the others company.
             records = [
                 {

@@ -82,8 +82,9 @@ class AnswerEvaluation(Callback):
     ) -> None:
         """Answer the prompts of the batch."""
         assert isinstance(pl_module, DistillationModule)
-        sharded = isinstance(pl_module, FSDPModule)
-        self._file.answer(trainer, _data(trainer), batch["index"].tolist(), "test", pl_module.generate, sharded)
+        sharded, data = isinstance(pl_module, FSDPModule), _data(trainer)
+        ends = pl_module.student.stop_tokens(data.tokenizer)
+        self._file.answer(trainer, data, batch["index"].tolist(), "test", pl_module.generate, ends, sharded)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the answers are worth."""
@@ -174,8 +175,9 @@ class AnswerWriter(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Answer the prompts of the batch; how many there are."""
         data = _data(self.trainer)
-        sharded = isinstance(self.language_model.model, FSDPModule)
-        self._file.answer(self.trainer, data, batch["index"].tolist(), data.predict_split, self._generate, sharded)
+        sharded, split = isinstance(self.language_model.model, FSDPModule), data.predict_split
+        ends = self.language_model.model.stop_tokens(data.tokenizer)
+        self._file.answer(self.trainer, data, batch["index"].tolist(), split, self._generate, ends, sharded)
         return len(batch["index"])
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:

@@ -19,6 +19,9 @@ class Packed(NamedTuple):
     places: Tensor
     """``[batch, length]``: where each token of the batch is in the flattened rows; 0 for padding."""
 
+    mask: Tensor
+    """``[rows, width]``: 1 where a token is."""
+
 
 def pack(batch: Mapping[str, Tensor]) -> Packed:
     """Lay the longest samples first, each into the first row that has room for it.
@@ -45,7 +48,8 @@ def pack(batch: Mapping[str, Tensor]) -> Packed:
         filled[row] += lengths[sample]
     positions = mask.cumsum(-1) - 1
     places = (torch.tensor(starts, device=mask.device)[:, None] + positions).where(mask, 0)
-    ids, position_ids = batch["input_ids"].new_zeros(2, len(filled) * width)
+    ids, position_ids, tokens = batch["input_ids"].new_zeros(3, len(filled) * width)
     ids[places[mask]] = batch["input_ids"][mask]
     position_ids[places[mask]] = positions[mask]
-    return Packed(ids.view(-1, width), position_ids.view(-1, width), places)
+    tokens[places[mask]] = 1
+    return Packed(ids.view(-1, width), position_ids.view(-1, width), places, tokens.view(-1, width))

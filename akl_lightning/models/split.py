@@ -13,8 +13,11 @@ from transformers.masking_utils import create_masks_for_generate
 
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import plain_decoding, stop_tokens
+from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
 from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
 from akl_lightning.models.packing import Packed, pack
+from akl_lightning.models.router import router_loss, wants_router_loss
 from akl_lightning.projection import Logits, Projection
 
 Batch = Mapping[str, Any]
@@ -45,7 +48,10 @@ class SplitModel(nn.Module):
         self.packing = packing
         self._splits: bool | None = None
         """Whether head and hidden states give the model's logits; None before it was looked at."""
+        self._tells_apart = False
+        """Whether it was looked at that samples in one row see nothing of each other."""
         self._compiled = False
+        self._router_loss: Tensor | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel | None:
@@ -58,6 +64,16 @@ class SplitModel(nn.Module):
         """The layer that projects hidden states onto the vocabulary, or None where the body cannot run without it."""
         model = self.causal_lm
         return None if model is None or model.base_model is model else model.get_output_embeddings()
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether this is a mixture of experts whose config asks for its router's loss."""
+        return wants_router_loss(self.causal_lm)
+
+    def take_router_loss(self) -> Tensor | None:
+        """The weighted loss of the router in the last forward, once; None where the config does not ask for it."""
+        loss, self._router_loss = self._router_loss, None
+        return loss
 
     @property
     def config(self) -> Any:
@@ -126,12 +142,18 @@ class SplitModel(nn.Module):
                 f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
             )
 
+    def stop_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+        """Tokens with which an answer of the model ends, see :func:`~akl_lightning.models.generation.stop_tokens`."""
+        return stop_tokens(self.model if self.causal_lm is None else self.causal_lm, tokenizer)
+
     def generate(self, prompts: Batch, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
         """Answers to left-padded prompts: token ids ``[batch, new_tokens]``; greedy unless it is said otherwise.
 
+        Of the generation config of a ``transformers`` model the stop tokens count, and nothing else.
+
         Args:
             prompts: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
-            tokenizer: the data's, with whose end-of-text token an answer ends.
+            tokenizer: the data's, with whose end-of-text token an answer ends, too.
             arguments: of ``transformers``' ``generate``.
 
         Raises:
@@ -142,13 +164,13 @@ class SplitModel(nn.Module):
             raise UsageError(
                 f"{type(self.model).__name__} has no generate method: override the module's generate to answer with it."
             )
-        # Else a model's own generation config has its say: other ends, penalties, beams.
+        # A module of the user's own may know less of this, and have a config all the same.
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        if tokenizer is not None:
-            end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-            settings |= {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
+        if ends := self.stop_tokens(tokenizer):
+            pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-        with self._eagerly():
+        with self._eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
             tokens = generate(**inputs, **{**settings, **arguments})
         return tokens[:, prompts["input_ids"].shape[1] :]
 
@@ -157,7 +179,41 @@ class SplitModel(nn.Module):
         if self.causal_lm is None:
             output = self.model(batch)
             return getattr(output, "logits", output)
-        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        more = {"output_router_logits": True} if self.has_router_loss else {}
+        output = self.model(**self._inputs(batch), **more, use_cache=False)
+        if self.has_router_loss:
+            self._router_loss = router_loss(self.causal_lm, output, batch["attention_mask"])
+        return output.logits
+
+    def check_inputs(self, batch: Batch, role: str) -> None:
+        """Raise :class:`UsageError` for what a batch carries and a ``transformers`` model could not be given.
+
+        Args:
+            batch: as a DataLoader gives it.
+            role: what the message calls the model.
+        """
+        if self.causal_lm is not None:
+            check_inputs(self.causal_lm, batch, role, self.packing)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What a ``transformers`` model is called with on a batch that is not packed."""
+        assert self.causal_lm is not None
+        layout = batch.get("layout") or lay_out(batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | extra_inputs(self.causal_lm, batch)
+        if layout.position_ids is not None and "position_ids" in known_inputs(self.causal_lm):
+            inputs["position_ids"] = layout.position_ids
+        if layout.segments is not None:
+            inputs["attention_mask"] = self._mask(layout.segments)
+        return inputs
+
+    def _mask(self, position_ids: Tensor) -> Any:
+        """A mask for each kind of layer, by which samples in a row see nothing of each other.
+
+        A model makes it from positions itself only where it gets no mask, and some models never do.
+        """
+        assert self.causal_lm is not None
+        like = torch.empty(*position_ids.shape, 0, dtype=self.causal_lm.dtype, device=position_ids.device)
+        return create_masks_for_generate(self.causal_lm.config, like, None, None, position_ids=position_ids)
 
     def projection(self, batch: Batch, positions: Tensor, packed: Packed | None = None) -> Projection:
         """The logits at ``positions``, as hidden states and head.
@@ -170,14 +226,17 @@ class SplitModel(nn.Module):
         assert self.causal_lm is not None and self.head is not None
         config = self.causal_lm.config
         if packed is None:
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            inputs = self._inputs(batch)
         else:
-            # A mask for each kind of layer that the model has; some models do not make them from positions.
-            like = torch.empty(*packed.input_ids.shape, 0, dtype=self.causal_lm.dtype, device=packed.input_ids.device)
-            mask = create_masks_for_generate(config, like, None, None, position_ids=packed.position_ids)
+            mask = self._mask(packed.position_ids)
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
             positions = packed.places.flatten()[positions]
-        hidden = self.causal_lm.base_model(**inputs, use_cache=False)[0].flatten(0, 1)[positions]
+        more = {"output_router_logits": True} if self.has_router_loss else {}
+        output = self.causal_lm.base_model(**inputs, **more, use_cache=False)
+        if self.has_router_loss:
+            counts = batch["attention_mask"] if packed is None else packed.mask
+            self._router_loss = router_loss(self.causal_lm, output, counts)
+        hidden = output[0].flatten(0, 1)[positions]
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             hidden = hidden * config.logit_scale
         if getattr(config, "logits_scaling", None) is not None:  # Granite
@@ -188,8 +247,9 @@ class SplitModel(nn.Module):
         """Logits, or what gives them.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``; where samples are packed, ``packed``
-                too, if :func:`~akl_lightning.models.packing.pack` was called before the batch went to its device.
+            batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``, and whatever else the model knows;
+                where samples are packed, ``packed`` too, if :func:`~akl_lightning.models.packing.pack` was called
+                before the batch went to its device, and so ``layout``, of :func:`~akl_lightning.models.inputs.lay_out`.
             positions: only these are asked for: indices into the flattened batch, ``[tokens]``.
 
         Returns:
@@ -201,11 +261,14 @@ class SplitModel(nn.Module):
         """
         if positions is not None and self._splits is None:
             self._splits = self.head is not None and self._gives_own_logits(batch)
-            if self.packing:
-                self._check_packing(batch)
+        if positions is not None and not self._tells_apart and self._shares_rows(batch):
+            self._check_packing(batch)
+            self._tells_apart = True
         try:
             if positions is None:
-                return self.logits(batch)
+                logits = self.logits(batch)
+                self.take_router_loss()  # nobody asks for it, and it holds on to the whole forward
+                return logits
             if not self._splits:
                 return self.logits(batch).flatten(0, 1)[positions]
             packed = (batch.get("packed") or pack(batch)) if self.packing else None
@@ -222,12 +285,18 @@ class SplitModel(nn.Module):
         tokens = _longest(batch)[None, :PROBE_TOKENS]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with evaluating(self.model), self._eagerly():
-            own = self.logits(row)[0]
+            own, own_router_loss = self.logits(row)[0], self.take_router_loss()
             projection = self.projection(row, torch.arange(tokens.numel(), device=tokens.device))
-            logits = projection.head(projection.hidden)
+            logits, loss = projection.head(projection.hidden), self.take_router_loss()
         if (cap := projection.soft_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
         torch.clear_autocast_cache()  # what it has cast without a gradient here must not serve the step
+        if own_router_loss is not None and (loss is None or outputs_differ(own_router_loss[None], loss[None])):
+            rank_zero_warn(
+                f"{type(self.causal_lm).__name__}: the loss of its router cannot be told from what its body gives; "
+                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
+            )
+            return False
         if own.shape != logits.shape or outputs_differ(own, logits):
             rank_zero_warn(
                 f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
@@ -235,6 +304,11 @@ class SplitModel(nn.Module):
             )
             return False
         return True
+
+    def _shares_rows(self, batch: Batch) -> bool:
+        """Whether several samples lie in a row, by the package or by the batch's own positions."""
+        own = self.causal_lm is not None and (batch.get("layout") or lay_out(batch)).segments is not None
+        return self.packing or own
 
     @torch.no_grad()
     def _check_packing(self, batch: Batch) -> None:
@@ -255,9 +329,9 @@ class SplitModel(nn.Module):
                 own = self.projection(alone, positions).hidden
             behaves = not outputs_differ(own, packed, coarse=5e-2)
         if not behaves:
+            way_out = "set model.packing to false" if self.packing else "give each sample of the batch a row of its own"
             raise UsageError(
-                f"{type(self.causal_lm or self.model).__name__} does not tell samples in one row apart: set "
-                "model.packing to false."
+                f"{type(self.causal_lm or self.model).__name__} does not tell samples in one row apart: {way_out}."
             )
 
 

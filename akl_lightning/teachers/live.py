@@ -108,6 +108,15 @@ class LiveTeacher(Teacher):
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         self._model.check_fits(name, tokenizer, max_length)
 
+    def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
+        """Nothing more.
+
+        Raises:
+            UsageError: the model cannot be given an entry of the batch.
+        """
+        self._model.check_inputs(batch, self._how[1])
+        return {}
+
     @torch.no_grad()
     def __call__(self, batch: Batch, positions: Tensor) -> Logits:
         return self.read().eval()(batch, positions)

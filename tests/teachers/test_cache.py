@@ -261,6 +261,38 @@ def test_top_k_serves_forward_kl_and_warns_of_a_reverse_part(data: InstructionDa
     assert sum("reverse part" in str(warning.message) for warning in caught) == 1
 
 
+@pytest.mark.parametrize("temperature", [2.0, 0.5])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_top_k_knows_no_temperature(
+    data: InstructionDataModule, tmp_path: Path, temperature: float, stage: str
+) -> None:
+    cached = write(sharp(), tmp_path / "cache", data, top_k=8)
+    module_ = module(cached, criterion=DistillationCriterion(ForwardKL(), temperature=temperature))
+    with pytest.raises(UsageError, match=rf"top 8 log-probabilities, .* temperature of {temperature} spreads the rest"):
+        getattr(Trainer(**QUIET, max_epochs=1), stage)(module_, data)
+    # Hidden states do.
+    cached = write(sharp(), tmp_path / "hidden", data)
+    train(module(cached, criterion=DistillationCriterion(ForwardKL(), temperature=temperature)), data, epochs=1)
+
+
+@pytest.mark.parametrize("ignored", [0, -1])
+def test_another_label_for_what_is_not_learnt(data: InstructionDataModule, tmp_path: Path, ignored: int) -> None:
+    data.setup("fit")
+    rows = list(data.samples("train", 4))
+    for row in rows:
+        row["labels"][row["labels"] == -100] = ignored
+    loader = DataLoader(rows, batch_size=None)
+    teacher = sharp()
+    criterion = DistillationCriterion(ignore_index=ignored)
+    cached = write(teacher, tmp_path / "cache", loader, codec="bfloat16", ignore_index=ignored)
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    assert manifest["data"]["tokens"] == sum((row["labels"][:, 1:] != ignored).sum().item() for row in rows)
+    live, ours = (train(module(source, criterion=criterion), loader, epochs=1)[0] for source in (teacher, cached))
+    assert (ours - live).abs().max() <= 0.003 * live.mean()
+    with pytest.raises(UsageError, match=f"ignore_index = {ignored} and InstructionDataModule labels with -100"):
+        train(module(cached, criterion=criterion), data, epochs=1)
+
+
 class Doubled(GPT2LMHeadModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -1,6 +1,6 @@
 """A teacher's cache in the teacher's place; its shards are memory-mapped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.errors import UsageError
+from akl_lightning.models.inputs import CONTENT
 from akl_lightning.models.split import Batch
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.base import Teacher
@@ -23,6 +24,7 @@ from akl_lightning.teachers.cache.codecs import find_codec
 from akl_lightning.teachers.cache.format import (
     HEAD,
     REWRITE,
+    UNRECORDED_INPUTS,
     as_words,
     file_digest,
     file_state,
@@ -72,6 +74,7 @@ class CachedTeacher(Teacher):
         self._row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
 
         self.top_k, self.soft_cap = self.manifest["top_k"], self.manifest["soft_cap"]
+        self._inputs: Collection[str] | None = self.manifest.get("inputs", UNRECORDED_INPUTS)
         self.head: nn.Module | None = None
         if self.top_k is None:
             self.codec = find_codec(self.manifest["codec"])
@@ -137,7 +140,13 @@ class CachedTeacher(Teacher):
         """Place of each sample in the index, -1 where it has no response token; samples that are not in the cache."""
         counts = tokens_per_sample(batch, positions)
         places, missing = [-1] * len(counts), []
-        wanted = as_words(sample_digests(batch, positions))
+        odd = () if self._inputs is None else sorted((CONTENT & batch.keys()) - set(self._inputs))
+        if odd:
+            raise UsageError(
+                f"the batch has {odd[0]!r}, which the teacher of the cache {self.path} cannot be given: leave it out "
+                "of the batch, or cache a teacher that knows it."
+            )
+        wanted = as_words(sample_digests(batch, positions, self._inputs))
         first = np.searchsorted(self._words[:, 0], wanted[:, 0])
         for sample, (count, place, words) in enumerate(zip(counts, first.tolist(), wanted, strict=True)):
             if not count:
@@ -178,11 +187,19 @@ class CachedTeacher(Teacher):
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
         """Refuse another template, damaged files and, of the data module of this package, samples that are missing.
 
+        So is a temperature, where the likeliest tokens alone are known.
+
         Every file is read and its checksum compared in the first run, and again when it has been touched since; the
         processes of a node share them out.
         """
         if stage == "predict":  # the student alone answers
             return
+        if self.top_k is not None and criterion.temperature != 1:
+            raise UsageError(
+                f"the cache {self.path} holds no more of the teacher than its top {self.top_k} log-probabilities, of "
+                f"which nobody knows how a temperature of {criterion.temperature} spreads the rest: set "
+                "model.criterion.temperature to 1, or cache hidden states."
+            )
         data, facts, written = data_of(trainer), facts_of_run(trainer), self.manifest["template"]
         if None not in (facts.template_digest, written) and written["digest"] != facts.template_digest:
             raise UsageError(

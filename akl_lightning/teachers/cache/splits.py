@@ -1,6 +1,6 @@
 """All splits of the data for one walk over them, each sample once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -42,6 +42,7 @@ class EverySplit(LightningDataModule):
         for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
             if is_overridden(name, self.data, LightningDataModule):
                 given = getattr(self.data, name)()
+                given = list(given.values()) if isinstance(given, Mapping) else given
                 loaders += given if isinstance(given, list | tuple) else [given]
         return loaders
 

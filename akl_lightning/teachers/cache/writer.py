@@ -22,6 +22,7 @@ from akl_lightning.checkpoint import atomic_file
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError
+from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.models.split import Batch
 from akl_lightning.parallel import data_parallel_mesh, gather_objects
@@ -67,6 +68,7 @@ class CacheWriter(LightningModule):
         shard_tokens: response tokens of a shard, which is kept in memory until it is full.
         trust_remote_code: run Python code that comes with the model.
         teacher_precision: of the weights of a teacher that is no module, as for the module.
+        ignore_index: label of the positions that are no response positions, as the criterion's.
 
     Raises:
         UsageError: a teacher, codec or folder that cannot be used.
@@ -81,6 +83,7 @@ class CacheWriter(LightningModule):
         shard_tokens: int = 2**16,
         trust_remote_code: bool = False,
         teacher_precision: Precision = "auto",
+        ignore_index: int = -100,
     ) -> None:
         super().__init__()
         for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
@@ -94,6 +97,7 @@ class CacheWriter(LightningModule):
         self.name = (
             teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "") or type(teacher).__name__
         )
+        self._response_positions = DistillationCriterion(ignore_index=ignore_index).response_positions
         self._lock: FileLock | None = None
         self._bar = tqdm(disable=True)
 
@@ -153,6 +157,7 @@ class CacheWriter(LightningModule):
             if self.top_k >= vocab_size:
                 raise UsageError(f"top_k must be less than the teacher's {vocab_size} outputs, got {self.top_k}.")
             self._bytes_per_token = sum(p.nbytes for p in encode_top_k(logits[:1], self.top_k).values())
+        causal_lm = self.teacher.model.causal_lm
         content = save(head) if head else b""
         self.teacher.release()
         self._manifest: dict[str, Any] = {
@@ -170,6 +175,7 @@ class CacheWriter(LightningModule):
             "codec": self.codec.name if self.top_k is None else None,
             "top_k": self.top_k,
             "vocab_size": vocab_size,
+            "inputs": None if causal_lm is None else sorted(known_inputs(causal_lm)),
             "soft_cap": logits.soft_cap if isinstance(logits, Projection) else None,
             "head": {"file": HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
             "data": {"max_length": facts.max_length},
@@ -259,9 +265,9 @@ class CacheWriter(LightningModule):
         with isolate_rng():  # a loader draws a seed
             batches = data_of(self.trainer).batches()
             for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
-                positions = _positions(batch)
+                positions, digests = self._look_at(batch)
                 counts = tokens_per_sample(batch, positions)
-                for digest, count in zip(sample_digests(batch, positions), counts, strict=True):
+                for digest, count in zip(digests, counts, strict=True):
                     if count and digest not in seen:
                         seen.add(digest)
                         totals += torch.tensor([1, count]) / (1 if is_share else ranks)
@@ -272,10 +278,27 @@ class CacheWriter(LightningModule):
     # ----------------------------------------------------------------------------------------------------------------
     # The work
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> dict[str, Any]:
+        """Look at a batch before the Trainer's precision has its way with it."""
+        return {**batch, "cached": self._look_at(batch)}
+
+    def _look_at(self, batch: Batch) -> tuple[Tensor, list[bytes]]:
+        """Response positions, and digests of the samples.
+
+        Raises:
+            UsageError: an entry is missing, or the teacher cannot be given one.
+        """
+        for key in ("input_ids", "attention_mask", "labels"):
+            if key not in batch:
+                raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
+        positions, _ = self._response_positions(batch["labels"])
+        self.teacher.prepare(batch, positions)
+        return positions, sample_digests(batch, positions, self._manifest["inputs"])
+
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> int:
         """Encode the samples of a batch that no shard holds yet; the number of their response tokens."""
-        positions = _positions(batch)
-        digests, counts = sample_digests(batch, positions), tokens_per_sample(batch, positions)
+        positions, digests = batch["cached"]
+        counts = tokens_per_sample(batch, positions)
         rows = []
         for row, (digest_, count) in enumerate(zip(digests, counts, strict=True)):
             if count and digest_ not in self._known:
@@ -286,10 +309,11 @@ class CacheWriter(LightningModule):
             asked = rows or [0]
         if not asked:
             return 0
-        part = {
-            key: value[asked] for key, value in batch.items() if isinstance(value, Tensor) and len(value) == len(counts)
-        }
-        logits = self.teacher(part, _positions(part))
+        part: Batch = batch  # with all that it carries
+        if len(counts) > 1:
+            rows_of = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+            part = {name: value[asked] for name, value in rows_of.items() if len(value) == len(counts)}
+        logits = self.teacher(part, self._response_positions(part["labels"])[0])
         if not rows:
             return 0
         parts = self._encode(logits)
@@ -394,16 +418,6 @@ def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.enable()
     return writer.path
-
-
-_response_positions = DistillationCriterion().response_positions
-
-
-def _positions(batch: Batch) -> Tensor:
-    for key in ("input_ids", "attention_mask", "labels"):
-        if key not in batch:
-            raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
-    return _response_positions(batch["labels"])[0]
 
 
 def _said(size: float) -> str:
