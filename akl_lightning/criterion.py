@@ -1,7 +1,7 @@
 """What one batch costs: a divergence to the teacher mixed with the cross entropy of the data."""
 
 from functools import partial
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jsonargparse import lazy_instance
@@ -154,6 +154,20 @@ class DistillationCriterion(nn.Module):
         by_autograd = teacher is not None and how.pair is None
         compare = partial(self._compare_by_autograd if by_autograd else kernels.compare, how=how)
         return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size))
+
+    @torch.no_grad()
+    def distributions(self, student: Logits, teacher: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both distributions, softened: probabilities ``[tokens, vocab]`` of student and teacher, to look at."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+            assert teacher is not None
+            pairs.append((F.log_probs(student, self.temperature).exp(), F.log_probs(teacher, self.temperature).exp()))
+            return {"loss": labels}
+
+        project_and_compare(student, teacher, labels, keep, self.chunk_size)
+        of_student, of_teacher = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return of_student, of_teacher
 
     def _compare_by_autograd(
         self, student: Tensor, teacher: Tensor, labels: Tensor, how: Comparison, gradient: Tensor | None = None

@@ -107,3 +107,35 @@ def names_of_sets(loaders: Any) -> list[str]:
     if not isinstance(loaders, Mapping | list | tuple) or len(loaders) < 2:
         return []
     return [str(name) for name in (loaders if isinstance(loaders, Mapping) else range(len(loaders)))]
+
+
+def metrics_of_set(module: Any, stage: str, number: int) -> MetricCollection:
+    """Those of one of the sets of samples that a stage evaluates one after another; made when it is first met.
+
+    Args:
+        module: has those of the first as ``val_metrics`` and ``test_metrics``, those of others in ``further_metrics``.
+        stage: ``val`` or ``test``.
+        number: of the set, from 0.
+    """
+    first, further = getattr(module, f"{stage}_metrics"), module.further_metrics[stage]
+    while len(further) < number:
+        further.append(first.clone())
+        further[-1].reset()
+    return further[number - 1] if number else first
+
+
+def log_sets(module: Any, stage: str, names: list[str]) -> None:
+    """Log each of several sets of samples under its name, and the first as if it were alone."""
+    for number, name in enumerate(names or [""]):
+        means = log_means(module, metrics_of_set(module, stage, number), log=number == 0)
+        if names:
+            module.log_dict({f"{stage}/{name}/{key.removeprefix(f'{stage}/')}": mean for key, mean in means.items()})
+
+
+def log_means(module: Any, metrics: MetricCollection, log: bool = True) -> dict[str, Tensor]:
+    """The means so far, logged by the module unless it is said otherwise; then the metrics begin anew."""
+    means = {name: mean.float() for name, mean in metrics.compute().items()}
+    if log:
+        module.log_dict(means)
+    metrics.reset()
+    return means

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from jsonargparse import lazy_instance
@@ -19,23 +19,23 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.batch import KEYS, Batch, response_of
 from akl_lightning.checkpoint import AtomicCheckpointIO
 from akl_lightning.checks import check_callbacks, check_run
 from akl_lightning.compat import evaluated_loaders, trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
-from akl_lightning.functional import log_probs
-from akl_lightning.metrics import distillation_metrics, names_of_sets
+from akl_lightning.metrics import distillation_metrics, log_means, log_sets, metrics_of_set, names_of_sets
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.load import Precision, load_causal_lm
 from akl_lightning.models.lora import LoraSettings, add_lora
 from akl_lightning.models.packing import pack
-from akl_lightning.models.split import Batch, SplitModel
+from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
-from akl_lightning.projection import Logits, project_and_compare, rows_of
+from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
@@ -44,20 +44,6 @@ from akl_lightning.teachers.live import LiveTeacher
 from akl_lightning.token_mean import StepMean, with_router_loss
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
-
-
-BATCH_KEYS = ("input_ids", "attention_mask", "labels")
-"""What every batch has to hold."""
-
-
-class Response(NamedTuple):
-    """Where a batch's response tokens are predicted, and what they are."""
-
-    positions: Tensor
-    """Indices into the flattened batch, ``[tokens]``, int64."""
-
-    labels: Tensor
-    """The tokens of the data there, ``[tokens]``."""
 
 
 class DistillationModule(LightningModule):
@@ -242,7 +228,7 @@ class DistillationModule(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Find on the host what would have to be waited for on a GPU."""
-        complete = isinstance(batch, Mapping) and all(key in batch for key in BATCH_KEYS)
+        complete = isinstance(batch, Mapping) and all(key in batch for key in KEYS)
         return self.prepare_batch(batch) if complete else batch
 
     def prepare_batch(self, batch: Batch) -> dict[str, Any]:
@@ -253,18 +239,15 @@ class DistillationModule(LightningModule):
                 forward knows (``position_ids``, ``pixel_values``, …) is passed on to it.
 
         Returns:
-            The batch with ``response``, its :class:`Response`; with ``layout``; with ``packed`` where samples are
-            packed; with what the teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
+            The batch with ``response``, ``layout`` and, where samples are packed, ``packed``; with what the teacher has
+            to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
 
         Raises:
             UsageError: one of the three is missing; a model cannot be given an entry; the teacher's cache lacks a
                 sample.
         """
-        for key in BATCH_KEYS:
-            if key not in batch:
-                raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
+        response = response_of(batch, self.criterion)
         self.student.check_inputs(batch, "student")
-        response = Response(*self.criterion.response_positions(batch["labels"]))
         prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
@@ -323,21 +306,11 @@ class DistillationModule(LightningModule):
         if "response" not in batch:
             batch = self.prepare_batch(batch)
         positions, labels = batch["response"]
-        pairs: list[tuple[Tensor, Tensor]] = []
-
-        def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, **_: Any) -> dict[str, Tensor]:
-            assert teacher is not None
-            temperature = self.criterion.temperature
-            pairs.append((log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()))
-            return {"loss": student.new_zeros(len(labels))}
-
         try:
             teacher, student = self.teacher(batch, positions), self.student(batch, positions)
-            project_and_compare(rows_of(student, tokens), rows_of(teacher, tokens), labels[tokens], keep)
+            return self.criterion.distributions(rows_of(student, tokens), rows_of(teacher, tokens), labels[tokens])
         finally:
             self.teacher.release()
-        of_student, of_teacher = (torch.cat(side) for side in zip(*pairs, strict=True))
-        return of_student, of_teacher
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss (a sum over response tokens) and per-token statistics, which callbacks find in ``outputs``."""
@@ -345,19 +318,11 @@ class DistillationModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Feed the validation metrics of this set of samples; statistics as in :meth:`training_step`."""
-        return self._step(batch, self._metrics_of_set("val", dataloader_idx))
+        return self._step(batch, metrics_of_set(self, "val", dataloader_idx))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Feed the test metrics of this set of samples; statistics as in :meth:`training_step`."""
-        return self._step(batch, self._metrics_of_set("test", dataloader_idx))
-
-    def _metrics_of_set(self, stage: str, number: int) -> MetricCollection:
-        further: Any = self.further_metrics[stage]
-        first = self.val_metrics if stage == "val" else self.test_metrics
-        while len(further) < number:
-            further.append(first.clone())
-            further[-1].reset()
-        return further[number - 1] if number else first
+        return self._step(batch, metrics_of_set(self, "test", dataloader_idx))
 
     def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
@@ -383,16 +348,16 @@ class DistillationModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""
         self.step_mean.check(self)
-        self._log_means(self.train_metrics)
+        log_means(self, self.train_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
-        self._log_sets("val")
+        log_sets(self, "val", names_of_sets(evaluated_loaders(self.trainer)))
         self._release()
 
     def on_test_epoch_end(self) -> None:
         """Log the test means."""
-        self._log_sets("test")
+        log_sets(self, "test", names_of_sets(evaluated_loaders(self.trainer)))
         self._release()
 
     def on_predict_epoch_end(self) -> None:
@@ -403,21 +368,6 @@ class DistillationModule(LightningModule):
         # What is gathered for a forward is freed by its backward, and here is none.
         if isinstance(self, FSDPModule):
             self.reshard()
-
-    def _log_sets(self, stage: str) -> None:
-        """Log each of several sets of samples under its name, and the first as if it were alone."""
-        names = names_of_sets(evaluated_loaders(self.trainer))
-        for number, name in enumerate(names or [""]):
-            means = self._log_means(self._metrics_of_set(stage, number), log=number == 0)
-            if names:
-                self.log_dict({f"{stage}/{name}/{key.removeprefix(f'{stage}/')}": mean for key, mean in means.items()})
-
-    def _log_means(self, metrics: MetricCollection, log: bool = True) -> dict[str, Tensor]:
-        means = {name: mean.float() for name, mean in metrics.compute().items()}
-        if log:
-            self.log_dict(means)
-        metrics.reset()
-        return means
 
     # ----------------------------------------------------------------------------------------------------------------
     # Optimization

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from akl_lightning.batch import Batch
 from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -18,7 +19,6 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.rouge import rouge_l
 from akl_lightning.models.load import Precision
-from akl_lightning.models.split import Batch
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import data_parallel_mesh

@@ -1,6 +1,5 @@
 """A causal language model as a body, which gives hidden states, and a head, which projects them."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_masks_for_generate
 
+from akl_lightning.batch import Batch
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import plain_decoding, stop_tokens
@@ -19,10 +19,6 @@ from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
 from akl_lightning.models.packing import Packed, pack
 from akl_lightning.models.router import router_loss, wants_router_loss
 from akl_lightning.projection import Logits, Projection
-
-Batch = Mapping[str, Any]
-"""``input_ids``, ``attention_mask`` and, but for prompts, ``labels``, each ``[batch, length]``; and what
-:meth:`akl_lightning.module.DistillationModule.prepare_batch` adds to them."""
 
 
 class SplitModel(nn.Module):

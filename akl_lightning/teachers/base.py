@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.batch import Batch
 from akl_lightning.criterion import DistillationCriterion
-from akl_lightning.models.split import Batch
 from akl_lightning.projection import Logits
 
 

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.batch import Batch
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import Precision, load_causal_lm, outline_causal_lm
-from akl_lightning.models.split import Batch, SplitModel
+from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import load_sharded, shard
 from akl_lightning.projection import Logits
 from akl_lightning.teachers.base import Teacher

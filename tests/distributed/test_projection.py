@@ -8,9 +8,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from akl_lightning.batch import Batch
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models.split import Batch, SplitModel
+from akl_lightning.models.split import SplitModel
 from akl_lightning.teachers.live import LiveTeacher
 from tests.conftest import gpt2
 from tests.distributed.training import launch

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import atomic_file
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import CONTENT, OURS
-from akl_lightning.models.split import Batch
 from akl_lightning.teachers.fingerprint import digest
 
 CACHE_PREFIX = "cache:"

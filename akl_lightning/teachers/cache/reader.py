@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.batch import Batch
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import CONTENT
-from akl_lightning.models.split import Batch
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.codecs import find_codec

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, DistributedSampler
 
-from akl_lightning.models.split import Batch
+from akl_lightning.batch import Batch
 
 Data = LightningDataModule | DataLoader | list[DataLoader]
 

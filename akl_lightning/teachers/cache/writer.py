@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from akl_lightning.batch import Batch, response_of
 from akl_lightning.checkpoint import atomic_file
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
-from akl_lightning.models.split import Batch
 from akl_lightning.parallel import data_parallel_mesh, gather_objects
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.cache.codecs import find_codec
@@ -97,7 +97,7 @@ class CacheWriter(LightningModule):
         self.name = (
             teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", "") or type(teacher).__name__
         )
-        self._response_positions = DistillationCriterion(ignore_index=ignore_index).response_positions
+        self._criterion = DistillationCriterion(ignore_index=ignore_index)
         self._lock: FileLock | None = None
         self._bar = tqdm(disable=True)
 
@@ -288,10 +288,7 @@ class CacheWriter(LightningModule):
         Raises:
             UsageError: an entry is missing, or the teacher cannot be given one.
         """
-        for key in ("input_ids", "attention_mask", "labels"):
-            if key not in batch:
-                raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
-        positions, _ = self._response_positions(batch["labels"])
+        positions, _ = response_of(batch, self._criterion)
         self.teacher.prepare(batch, positions)
         return positions, sample_digests(batch, positions, self._manifest["inputs"])
 
@@ -313,7 +310,7 @@ class CacheWriter(LightningModule):
         if len(counts) > 1:
             rows_of = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
             part = {name: value[asked] for name, value in rows_of.items() if len(value) == len(counts)}
-        logits = self.teacher(part, self._response_positions(part["labels"])[0])
+        logits = self.teacher(part, response_of(part, self._criterion).positions)
         if not rows:
             return 0
         parts = self._encode(logits)
