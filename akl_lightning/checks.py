@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.data.facts import data_of, facts_of_run
@@ -62,6 +63,12 @@ def check_run(module: "DistillationModule", stage: str) -> None:
             f"student and teacher have {sizes['student']} and {sizes['teacher']} outputs and no tokenizer tells "
             f"whether token {min(sizes.values())} is padding: give models of one vocabulary, or a data module "
             "with their tokenizer."
+        )
+    extra = sizes.get("student", 0) - sizes.get("teacher", sizes.get("student", 0))
+    if extra > 0 and module.criterion.alpha == 1 and stage == "fit":
+        rank_zero_warn(
+            f"the student has {extra} outputs that the teacher lacks, and with criterion.alpha = 1 no cross entropy "
+            "keeps it off them: minus the log of its mass on the others is added to the loss."
         )
     if module.teacher is not None:
         module.teacher.check_run(stage, trainer, module.criterion)

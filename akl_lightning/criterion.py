@@ -13,7 +13,7 @@ from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
 from akl_lightning.kernels.pairs import Comparison
 from akl_lightning.kernels.reference import rows_at_a_time
-from akl_lightning.projection import Logits, project_and_compare
+from akl_lightning.projection import Logits, TopLogProbs, project_and_compare
 
 STATISTICS = (
     "loss",
@@ -141,6 +141,11 @@ class DistillationCriterion(nn.Module):
         """
         if teacher is None and self.needs_teacher:
             raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
+        if isinstance(teacher, TopLogProbs) and self.temperature != 1:
+            raise UsageError(
+                f"temperature = {self.temperature} softens a whole distribution, and of this teacher the likeliest "
+                "tokens alone are known: set the temperature to 1, or give all of its logits."
+            )
         for name, logits in (("student", student), ("teacher", teacher)):
             if isinstance(logits, Tensor) and (logits.dim() != 2 or labels.dim() != 1):
                 raise UsageError(
@@ -151,9 +156,36 @@ class DistillationCriterion(nn.Module):
         how = Comparison(
             divergence.pair, divergence.constant, self.alpha, self.temperature, divergence.mu, divergence.head_rule
         )
-        by_autograd = teacher is not None and how.pair is None
-        compare = partial(self._compare_by_autograd if by_autograd else kernels.compare, how=how)
+        compare = partial(self._compare, how=how)
         return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size))
+
+    def _compare(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, how: Comparison, gradient: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Compare a chunk; what only the student has among its outputs is padding, which it learns to avoid.
+
+        Divergence and gaps are those of both distributions over the common outputs. Cross entropy is over all of the
+        student's; where it has no weight, minus the log of the student's mass on the common ones takes its place.
+        """
+        if teacher is None:
+            return kernels.compare(student, teacher, labels, how, gradient)
+        compare = kernels.compare if how.pair is not None else self._compare_by_autograd
+        common = teacher.shape[1]
+        if student.shape[1] == common:
+            return compare(student, teacher, labels, how, gradient)
+        log_common = student[:, :common].logsumexp(-1)
+        apart = student[:, common:].logsumexp(-1) - log_common
+        minus_log_mass, weight = torch.nn.functional.softplus(apart, threshold=80), 1 - self.alpha or 1.0
+        if gradient is not None:  # before the logits are overwritten
+            of_common = student[:, :common].softmax(-1) * (-weight * apart.sigmoid())[:, None]
+            of_others = (student[:, common:] - (log_common + minus_log_mass)[:, None]).exp() * weight
+        into = None if gradient is None else gradient[:, :common]
+        part = compare(student[:, :common], teacher, labels, how, into)
+        if gradient is not None:
+            gradient[:, :common] += of_common
+            gradient[:, common:] = of_others
+        loss, cross_entropy = part["loss"] + weight * minus_log_mass, part["cross_entropy"] + minus_log_mass
+        return {**part, "loss": loss, "cross_entropy": cross_entropy}
 
     @torch.no_grad()
     def distributions(self, student: Logits, teacher: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +194,7 @@ class DistillationCriterion(nn.Module):
 
         def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, **_: Any) -> dict[str, Tensor]:
             assert teacher is not None
+            student = student[:, : teacher.shape[1]]
             pairs.append((F.log_probs(student, self.temperature).exp(), F.log_probs(teacher, self.temperature).exp()))
             return {"loss": labels}
 

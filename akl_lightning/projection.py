@@ -43,7 +43,7 @@ class Compare(Protocol):
 
         Args:
             student: logits ``[rows, vocab]`` in float32 or float64, of any row stride; may be overwritten.
-            teacher: likewise.
+            teacher: likewise, or the first columns alone where it has fewer outputs than the student.
             labels: ``[rows]``.
             gradient: gets the gradient of the summed loss with respect to the student's logits, ``[rows, vocab]``,
                 perhaps in a lower precision; it may share the memory of ``student``. None where none is wanted.
@@ -113,7 +113,7 @@ def project_and_compare(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compare student and teacher at every token without ever holding all logits.
 
-    Where one side has more outputs than the other (padding), both are cut to the common part.
+    A teacher with more outputs than the student (padding) is cut to the student's.
 
     Args:
         student: gets gradients: its hidden states and the parameters of its head, or its logits.
@@ -140,7 +140,7 @@ def project_and_compare(
     (15.0, [3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0])
     """
     sides = [_side(logits) for logits in (student, teacher) if logits is not None]
-    vocab = min(side.outputs for side in sides)
+    vocab = sides[0].outputs
     sides[0].wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sides[0].inputs)
     dtype = torch.promote_types(sides[0].inputs[0].dtype, torch.float32)
     rows = min(chunk_size or _rows(vocab, dtype, labels.device, len(sides)), max(1, len(labels)))
@@ -168,7 +168,7 @@ class _GradientInForward(torch.autograd.Function):
         student, rows, parts = sides[0], size[0], []
         with torch.autocast(labels.device.type, enabled=False), _name_the_remedy(rows):
             for side in sides:
-                side.prepare(*size)
+                side.prepare(*size)  # the teacher may have fewer outputs
             for start in range(0, max(1, len(labels)), rows):  # no tokens: an empty chunk, for the names
                 chunk = slice(start, min(start + rows, len(labels)))
                 logits = student.project(chunk, None)
@@ -185,13 +185,19 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # In place, which autograd notices: a second backward pass is its usual error, never a wrong gradient. A loss
-        # scale (16-mixed) comes in here, before gradients are cut to the precision of the inputs.
+        # A loss scale (16-mixed) comes in here, before gradients are cut to the precision of the inputs.
         unscaled = scale.device.type == "cpu" and scale == 1  # elsewhere, looking would wait for the device
         return (None,) * 4 + tuple(
-            None if gradient is None else (gradient if unscaled else gradient.mul_(scale)).to(dtype)
+            None if gradient is None else gradient.to(dtype) if unscaled else _scaled(gradient, scale, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.dtype != dtype:  # in one pass
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    # In place, which autograd notices: a second backward pass is its usual error, never a wrong gradient.
+    return gradient.mul_(scale)
 
 
 @contextmanager
@@ -245,11 +251,12 @@ class _Side(ABC):
 
         Args:
             rows: tokens of a chunk.
-            vocab: outputs that both sides have.
+            vocab: outputs that are wanted, if there are so many.
             dtype: of the logits.
         """
         device = self.inputs[0].device
-        self.vocab, self.columns = vocab, columns_for(vocab, device)
+        self.vocab = min(vocab, self.outputs)
+        self.columns = columns_for(self.vocab, device)
         self.logits = torch.empty((rows, self.columns + self.spare), dtype=dtype, device=device)
         if self.wants_gradient:
             self.gradients = [self.zeros(tensor) if tensor.requires_grad else None for tensor in self.inputs]
@@ -294,7 +301,7 @@ class _TopAlone(_Side):
         assert student is not None
         log_probs, tokens, rest = (tensor[chunk] for tensor in self.inputs)
         whole = self.logits[: len(log_probs)]
-        logits, tokens = whole[:, : self.vocab].copy_(student), tokens.clamp(max=self.vocab)
+        logits, tokens = whole[:, : self.vocab].copy_(student[:, : self.vocab]), tokens.clamp(max=self.vocab)
         whole.scatter_(-1, tokens, -torch.inf)
         logits += rest - logits.logsumexp(-1, keepdim=True)
         whole.scatter_(-1, tokens, log_probs.to(whole.dtype))
