@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -87,6 +88,9 @@ class InstructionDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise UsageError(f"data.{name} must be 1 or more, got {value}.")
+        if num_workers < 0:
+            raise UsageError(f"data.num_workers must be 0 or more, got {num_workers}.")
+        _check_sizes(validation_size, test_size)
         if max_prompt_length is not None and max_prompt_length >= max_length:
             raise UsageError(
                 f"data.max_prompt_length = {max_prompt_length} leaves no token of data.max_length = {max_length} for a "
@@ -307,8 +311,9 @@ def split_pairs(
         All three splits; which pair goes where depends on nothing but its name and, for numbers, on its peers.
 
     Raises:
-        UsageError: nothing would be left to train on.
+        UsageError: a size below 0, or nothing would be left to train on.
     """
+    _check_sizes(validation_size, test_size)
     splits = {split: list(members) for split, members in pairs.items()}
     if "train" not in splits:  # a test set
         return {"train": [], "validation": [], **splits}
@@ -327,6 +332,12 @@ def split_pairs(
     held_out = set(train[:used])
     splits["train"] = [pair for pair in splits["train"] if pair not in held_out]
     return splits
+
+
+def _check_sizes(validation_size: int | float, test_size: int | float) -> None:
+    for name, size in (("validation_size", validation_size), ("test_size", test_size)):
+        if not 0 <= size < math.inf:  # which nan is not, either
+            raise UsageError(f"data.{name} must be a number of samples or a share of them, 0 or more, got {size}.")
 
 
 def _digest(pair: Pair) -> bytes:

@@ -185,6 +185,18 @@ def test_alpaca_template() -> None:
     assert render("Q: {instruction} {input}\nA:", "Add.", "1") == "Q: Add. 1\nA:"
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("validation_size", -1), ("test_size", -0.1), ("validation_size", float("nan")), ("num_workers", -1)],
+)
+def test_sizes_below_zero_are_refused_before_any_work(tokenizer, corpus: str, setting: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"data\.{setting} must be .*0 or more, got {value}"):
+        InstructionDataModule(tokenizer, JsonLines(corpus), **{setting: value})
+    if setting == "validation_size":
+        with pytest.raises(UsageError, match=r"data\.validation_size must be a number"):
+            split_pairs({"train": [Pair("a", "b")]}, value, 0)
+
+
 FIND = """
 import sys
 
