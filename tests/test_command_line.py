@@ -68,6 +68,16 @@ def test_a_printed_configuration_is_the_run(
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_run_that_goes_on_has_the_rate_of_the_flag(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = ["--model.lr_scheduler", "linear", "--trainer.default_root_dir"]
+    assert akl(monkeypatch, "fit", *RUN, *schedule, "one", "--model.optimizer.lr", "1e-3") == 0
+    more = ["--trainer.max_steps", "8", "--ckpt_path", next((folder / "one").rglob("*.ckpt")).as_posix()]
+    assert akl(monkeypatch, "fit", *RUN, *schedule, "two", "--model.optimizer.lr", "1e-5", *more) == 0
+    checkpoint = torch.load(next((folder / "two").rglob("*.ckpt")), weights_only=True)
+    assert checkpoint["global_step"] == 8 and checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-5]
+    assert checkpoint["settings"]["optimizers"][0]["groups"][0]["initial_lr"] == 1e-5
+
+
 @pytest.mark.parametrize(
     ("models", "expected"),
     [

@@ -128,10 +128,13 @@ def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first:
 
 
 def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
-    output = run(folder, "--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt", **{"--trainer.max_epochs": "3"})
+    rate = {"--model.optimizer.init_args.lr": "1e-5"}
+    given = ("--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt")
+    output = run(folder, *given, **{"--trainer.max_epochs": "3", **rate})
     assert "Restored all states from the checkpoint" in output
     checkpoint = torch.load(folder / "runs/gpt2_distill/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 2
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-5], "what is asked for now"
     assert "student-v1" in output  # the export of the shorter run is left alone
 
 
