@@ -1,7 +1,12 @@
 """The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
+from akl_lightning.interrupts import EXIT_CODE  # before all that takes seconds to import
+
+# isort: split
 import logging
+import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # All of them, so that --trainer.callbacks knows them by their names.
-from akl_lightning.callbacks import DistillationProgressBar, DistillationSummary
+from akl_lightning.callbacks import DistillationProgressBar, DistillationSummary, LastCheckpoint
 from akl_lightning.checkpoint import newest_checkpoint
 from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
@@ -140,7 +145,24 @@ class DistillationCLI(InstructionCLI):
         config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
         more = _progress_and_summary(config.trainer)
         self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), *more]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint):
+                callback.command = own_command()
+        return trainer
+
+
+def own_command() -> str:
+    """This process's command line but for ``--ckpt_path``, to be typed again."""
+    program, *arguments = sys.argv
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if "--ckpt_path" not in (before, word.split("=")[0])
+    ]
+    # torchrun does not tell its workers how it was called.
+    launched = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"] * program.endswith(".py")
+    return f"{' '.join(launched)} {shlex.join([program if launched else Path(program).name, *kept])}".strip()
 
 
 def _progress_and_summary(settings: Namespace) -> list[Callback]:
@@ -156,7 +178,7 @@ def _progress_and_summary(settings: Namespace) -> list[Callback]:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command; a mistake that the user can mend ends it with one sentence and exit code 2.
+    """Run a command; a mistake that the user can mend ends it with one sentence and exit code 2, Ctrl-C with 130.
 
     Args:
         main: the command.
@@ -173,6 +195,13 @@ def run_command(main: Callable[[], object]) -> None:
             main()
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt as error:
+            sys.stderr.write("interrupted\n")
+            raise SystemExit(EXIT_CODE) from error
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            raise SystemExit(EXIT_CODE) from end  # the Trainer's own way to end has 1
         except (UsageError, OSError, MisconfigurationException) as error:
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(2) from error

@@ -10,6 +10,9 @@ teacher are trained on it and cached, and the student is distilled, tested and e
 training, --teacher.* the teacher's; --help lists every option.
 """
 
+import akl_lightning.interrupts  # first, so that a Ctrl-C during the other imports is no traceback
+
+# isort: split
 import hashlib
 import json
 import platform
