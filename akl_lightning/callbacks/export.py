@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from akl_lightning.callbacks.model_card import model_card
-from akl_lightning.checkpoint import atomic_folder, check_writable, free_path
+from akl_lightning.checkpoint import atomic_folder, check_writable, claim_folder
 from akl_lightning.compat import new_model
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -126,12 +126,12 @@ class StudentExport(Callback):
         path = self._folder(trainer, suffix)
         if _is_empty(path):
             path.rmdir()
-        path = free_path(path)
+        path = claim_folder(path)
         model, tokenizer = module.student.model, module.find_tokenizer()
         if hasattr(model, "peft_config") and self.merge:
             model = _merged(model, own)
             own = model.state_dict()
-        with atomic_folder(path) as folder:
+        with atomic_folder(path, claimed=True) as folder:
             with _without_progress_bar():
                 model.save_pretrained(folder, state_dict=own)
             if tokenizer is not None:
