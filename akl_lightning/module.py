@@ -20,7 +20,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import AtomicCheckpointIO
-from akl_lightning.checks import check_callbacks, check_run
+from akl_lightning.checks import check_batch, check_callbacks, check_run
 from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
@@ -241,11 +241,13 @@ class DistillationModule(LightningModule):
             teacher has to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
 
         Raises:
-            UsageError: one of the three is missing; the teacher's cache lacks a sample.
+            UsageError: one of the three is missing or holds what a model does not know; the teacher's cache lacks a
+                sample.
         """
         for key in BATCH_KEYS:
             if key not in batch:
                 raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
+        check_batch(self, batch)
         response = Response(*self.criterion.response_positions(batch["labels"]))
         prepared = {**batch, "response": response}
         if self.student.packing:

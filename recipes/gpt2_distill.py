@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 import akl_lightning
 from akl_lightning.callbacks import DistillationProgressBar
-from akl_lightning.checkpoint import atomic_folder
+from akl_lightning.checkpoint import atomic_folder, check_writable
 from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
@@ -98,6 +98,7 @@ def prepare_teacher(
     Returns:
         A folder with model and tokenizer.
     """
+    check_writable(Path(cache_dir).expanduser())
     console.print("[bold]Corpus: reading the pairs")
     source = instantiate_class((), {"init_args": {}, **data.source.as_dict()})
     pairs = split_pairs(source.load(), data.validation_size, data.test_size)
@@ -115,7 +116,6 @@ def prepare_teacher(
     }
     key = digest(json.dumps(depends_on, sort_keys=True))[:16]
     folder = Path(cache_dir).expanduser() / f"teacher-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # One process builds; others that start with it (torchrun) wait and find what it has built.
     with FileLock(folder.with_suffix(".lock")):
         if folder.exists():

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.chat import CHAT, render, template_digest
+from akl_lightning.checkpoint import check_writable
+from akl_lightning.data.chat import CHAT, render, render_chat, template_digest
 from akl_lightning.data.collate import Row, Rows, collate, collate_prompts
 from akl_lightning.data.sampler import StepSampler, accumulated
 from akl_lightning.data.sources import Docstrings, Pair, Source
@@ -85,6 +86,8 @@ class InstructionDataModule(LightningDataModule):
             render(template, "")
         elif not self.tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template: use the template plain or alpaca, or another one.")
+        else:
+            render_chat(self.tokenizer, "Say one")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise UsageError(f"data.{name} must be 1 or more, got {value}.")
@@ -191,7 +194,7 @@ class InstructionDataModule(LightningDataModule):
             [inspect.getsource(_encode), transformers.__version__, tokenizers.__version__],
         ]
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
         return str(folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()}.arrow")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -275,8 +278,7 @@ def _encode(
 ) -> dict[str, list[Any]]:
     tasks = list(zip(pairs["instruction"], pairs["input"], strict=True))
     if template == CHAT:
-        chats = [[{"role": "user", "content": f"{task}\n{given}" if given else task}] for task, given in tasks]
-        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        prompts = [render_chat(tokenizer, f"{task}\n{given}" if given else task) for task, given in tasks]
     else:
         prompts = [render(template, task, given) for task, given in tasks]
     # A chat template writes its own special tokens.
