@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -26,11 +27,7 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
     Raises:
         UsageError: the optimizer does not accept one of its arguments; a schedule that spans a run without an end.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        optimizer = module.optimizer(parameters)
-    except ValueError as error:
-        raise UsageError(f"model.optimizer does not accept an argument: {error}; give another value.") from error
+    optimizer = _optimizer(module.optimizer, [p for p in module.parameters() if p.requires_grad])
     optimizer.given_rates = [group["lr"] for group in optimizer.param_groups]  # type: ignore[attr-defined]
     if module.lr is not None:
         for group in optimizer.param_groups:
@@ -47,6 +44,40 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
+def try_optimizer(optimizer: Any, lr_scheduler: Any, ends: bool) -> None:
+    """Make the optimizer and the schedule that classes of torch give, of a stand-in for the parameters.
+
+    Args:
+        optimizer: as :class:`~akl_lightning.module.DistillationModule` takes it, on the command line.
+        lr_scheduler: likewise.
+        ends: whether the run has an end that is known.
+
+    Raises:
+        UsageError: an argument that they do not accept; a schedule that spans a run without an end.
+    """
+    made = _optimizer(optimizer, [nn.Parameter(torch.zeros(2, 2))])
+    if not isinstance(lr_scheduler, str):
+        try:
+            lr_scheduler(made)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"model.lr_scheduler does not accept an argument: {error}; give another value.") from error
+    elif not ends and not lr_scheduler.startswith("constant"):
+        raise UsageError(_NO_END.format(lr_scheduler))
+
+
+def _optimizer(make: Any, parameters: list[nn.Parameter]) -> Optimizer:
+    try:
+        return make(parameters)
+    except ValueError as error:
+        raise UsageError(f"model.optimizer does not accept an argument: {error}; give another value.") from error
+
+
+_NO_END = (
+    "the schedule {!r} spans the whole run, which has no end that is known: set trainer.max_steps, or take "
+    "lr_scheduler constant."
+)
+
+
 def _steps_of_run(trainer: Trainer, schedule: str) -> int:
     steps = trainer.estimated_stepping_batches  # which loads the data, and knows no GradientAccumulationScheduler
     batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
@@ -54,10 +85,7 @@ def _steps_of_run(trainer: Trainer, schedule: str) -> int:
         counted = sum(math.ceil(batches / accumulated(trainer, epoch)) for epoch in range(epochs))
         steps = counted if trainer.max_steps == -1 else min(counted, trainer.max_steps)
     if not 0 <= steps < math.inf:
-        raise UsageError(
-            f"the schedule {schedule!r} spans the whole run, which has no end that is known: set trainer.max_steps, or "
-            "take lr_scheduler constant."
-        )
+        raise UsageError(_NO_END.format(schedule))
     return int(steps)
 
 

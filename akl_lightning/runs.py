@@ -108,7 +108,7 @@ class RunCLI(DistillationCLI):
                 LastCheckpoint(run / "checkpoints", every_n_steps=50),
             ]
         # The last one writes last.ckpt, and is to know what the others have kept.
-        self.trainer_defaults["callbacks"] = callbacks
+        self.own_callbacks = callbacks
 
     def instantiate_classes(self) -> None:
         """Leave no empty folder where something cannot be had."""
@@ -120,7 +120,14 @@ class RunCLI(DistillationCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard, in the folder."""
+        """Log to TensorBoard, in the folder; a callback that is given stands in for the recipe's own of its kind."""
+        given = self.config_init.trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        for callback in given:
+            if isinstance(callback, LastCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run_folder / "checkpoints")  # where it is looked for
+        kinds = {callback.state_key for callback in given}
+        self.trainer_defaults["callbacks"] = [own for own in self.own_callbacks if own.state_key not in kinds]
         if self.config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder, name="tensorboard", version="")
         return super().instantiate_trainer(**kwargs)

@@ -59,7 +59,8 @@ class Recipe(RunCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        # Built once before the teacher's training, so that a mistake in its settings costs no time.
+        # Before the teacher's training, so that a mistake costs no time.
+        self.look_first()
         criterion = config.model.criterion
         DistillationCriterion(**criterion.as_dict() | {"divergence": instantiate_class((), criterion.divergence)})
         if config.model.teacher is None:

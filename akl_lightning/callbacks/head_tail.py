@@ -32,6 +32,10 @@ class HeadTailPlot(Callback):
         self.path: Path | None = None
         self._claimed = False
 
+    def look(self, root: Path, goes_on: bool) -> None:
+        """Raise :class:`UsageError` unless the folder can be written to; as of ``StudentExport``."""
+        check_writable(Path(self.dirpath or root))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a teacher to differ from, and choose a file."""
         if stage == "fit":

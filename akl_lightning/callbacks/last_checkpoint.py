@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from akl_lightning.checkpoint import check_writable
 from akl_lightning.compat import log_step_now
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -48,6 +49,25 @@ class LastCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
+    def look(self, root: Path, goes_on: bool) -> None:
+        """Look at the file before any work.
+
+        Args:
+            root: the Trainer's ``default_root_dir``; where the folder is not given, the loggers' new one is taken.
+            goes_on: whether the run goes on from a checkpoint.
+
+        Raises:
+            UsageError: it is another run's, or cannot be written.
+        """
+        if self.dirpath is None or "://" in str(self.dirpath):
+            return
+        if not goes_on and self.path.exists() and self.last_model_path != str(self.path):
+            raise UsageError(
+                f"{self.path} is another run's and is never overwritten: go on from it with ckpt_path, or give another "
+                "dirpath."
+            )
+        check_writable(Path(self.dirpath))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module says when a step is whole."""
         if not isinstance(pl_module, DistillationModule):
@@ -61,11 +81,7 @@ class LastCheckpoint(ModelCheckpoint):
             UsageError: the file is another run's.
         """
         # Not before: the Trainer knows its ckpt_path only now.
-        if not trainer.ckpt_path and self.path.exists() and self.last_model_path != str(self.path):
-            raise UsageError(
-                f"{self.path} is another run's and is never overwritten: go on from it with ckpt_path, or give another "
-                "dirpath."
-            )
+        self.look(Path(trainer.default_root_dir), goes_on=bool(trainer.ckpt_path))
         self._last_step = self._last_written = trainer.global_step
 
         def request_stop(number: int, _: Any) -> None:
