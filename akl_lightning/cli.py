@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,10 @@ def run_command(main: Callable[[], object]) -> None:
     noise = re.compile("Tip:|Trainer already configured with model summary")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: noise.search(str(record.msg)) is None)
+    # Its handler keeps the stream that it began with, past the one that a progress bar puts in its place.
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.emit = partial(_say, handler)  # type: ignore[method-assign]
     # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
     warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
     # A TTY that went away (a closed pager, head) is no mistake.
@@ -279,6 +284,10 @@ def run_command(main: Callable[[], object]) -> None:
                 raise
             sys.stderr.write(f"error: {lost[0]}\n")
             raise SystemExit(2) from error
+
+
+def _say(handler: logging.Handler, record: logging.LogRecord) -> None:
+    sys.stderr.write(f"{handler.format(record)}\n")
 
 
 class WriterCLI(InstructionCLI):

@@ -20,6 +20,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import tokenizer_of
 from akl_lightning.module import DistillationModule
+from akl_lightning.parallel import ending_together
 
 _PREFIX = "student.model."
 
@@ -133,16 +134,19 @@ class StudentExport(Callback):
         assert isinstance(pl_module, DistillationModule)
         # On every rank: where the student is sharded, each has a part of it.
         weights = trainer.strategy.lightning_module_state_dict()
-        if not trainer.is_global_zero:
-            return
+        with ending_together(trainer):
+            if trainer.is_global_zero:
+                self._write_both(trainer, pl_module, weights)
+
+    def _write_both(self, trainer: Trainer, module: DistillationModule, weights: Any) -> None:
         epoch, step = trainer.current_epoch, trainer.global_step
-        self.exported = self._write(trainer, pl_module, "", weights, f"the last of {epoch} epochs", step)
+        self.exported = self._write(trainer, module, "", weights, f"the last of {epoch} epochs", step)
         rank_zero_info(f"student exported to {self.exported}")
         if best := _best_checkpoint(trainer):
             checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(best)
             weights, step = checkpoint["state_dict"], checkpoint["global_step"]
             self.exported_best = self._write(
-                trainer, pl_module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
+                trainer, module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
             )
             rank_zero_info(f"best student exported to {self.exported_best}")
 
