@@ -3,10 +3,13 @@
 import os
 import pickle
 import random
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,20 @@ from torch.optim import Optimizer
 
 from akl_lightning.errors import UsageError
 
+_A_DAY = 24 * 60 * 60
+"""Seconds after which nobody writes any more to a file of another machine."""
+
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, claimed: bool = False) -> Iterator[Path]:
     """Fill a folder that appears at ``path`` complete, or not at all.
 
-    The body writes to a temporary folder beside it, which is synced and then renamed. After an error or a crash
-    nothing lies at ``path``.
+    The body writes to a temporary folder beside it, which is synced and then renamed. After an error nothing lies at
+    ``path``, nor, unless it was claimed, after a crash.
+
+    Args:
+        path: the folder.
+        claimed: an empty folder lies there, which :func:`claim_folder` has made.
 
     Raises:
         UsageError: something is at ``path`` already.
@@ -35,10 +45,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     ...     print([path.name for path in Path(parent).iterdir()])
     ['model']
     """
-    if path.exists():
+    if path.exists() and not claimed:
         raise UsageError(f"{path} exists already and is never overwritten: move it away or give another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _remove_leftovers(path)
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     try:
         yield folder
         folder.chmod(0o755)
@@ -48,6 +59,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        if claimed:
+            with suppress(OSError):
+                path.rmdir()
         raise
 
 
@@ -63,7 +77,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     ...     print([path.name for path in Path(parent).iterdir()])
     ['notes']
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    _remove_leftovers(path)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     os.close(handle)
     file = Path(name)
     try:
@@ -75,6 +90,40 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         file.unlink(missing_ok=True)
         raise
+
+
+def _prefix(path: Path) -> str:
+    """What a temporary name begins with: it says of whom it is."""
+    return f".{path.name}.{socket.gethostname()}-{os.getpid()}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed have left of their work on a path; what may be at work stays."""
+    owned = re.compile(re.escape(f".{path.name}.") + r"(?:(?P<host>.+)-(?P<process>\d+)\.)?[a-z0-9_]{8}")
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        owner = owned.fullmatch(leftover.name)
+        with suppress(OSError):  # another process removes it, too
+            if owner is None:
+                continue
+            if owner["host"] == socket.gethostname():
+                # In a container a new process often has the number of the old one.
+                dead = int(owner["process"]) == os.getpid() or not _is_alive(int(owner["process"]))
+            else:
+                dead = leftover.is_file() and time.time() - leftover.stat().st_mtime > _A_DAY
+            if dead and leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif dead:
+                leftover.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -108,6 +157,29 @@ def free_path(path: Path) -> Path:
     return candidate
 
 
+def claim_folder(path: Path) -> Path:
+    """Make a folder at :func:`free_path`, one that no other process makes at the same time.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    check_writable(path.parent)
+    while True:
+        candidate = free_path(path)
+        with suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+
+
+def claim_file(path: Path) -> Path:
+    """Make an empty file at :func:`free_path`, one that no other process makes at the same time."""
+    while True:
+        candidate = free_path(path)
+        with suppress(FileExistsError):
+            candidate.touch(exist_ok=False)
+            return candidate
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Lightning's checkpoints
 
@@ -127,8 +199,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            for unfinished in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
-                unfinished.unlink()
             with atomic_file(target) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:

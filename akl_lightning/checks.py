@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -11,10 +12,11 @@ from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
-from akl_lightning.models.split import SplitModel
+from akl_lightning.models.split import Batch, SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary
 from akl_lightning.parallel import check_no_averages
 from akl_lightning.teachers.base import Teacher
+from akl_lightning.teachers.live import LiveTeacher
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
@@ -72,3 +74,46 @@ def check_run(module: "DistillationModule", stage: str) -> None:
         )
     if module.teacher is not None:
         module.teacher.check_run(stage, trainer, module.criterion)
+
+
+def check_batch(module: "DistillationModule", batch: Batch) -> None:
+    """Raise :class:`UsageError` for a batch on which a model would fail somewhere inside, or a GPU without a reason.
+
+    Args:
+        module: has the models.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``; what is on a GPU is not read, which would wait for it.
+    """
+    ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
+    shapes = [tuple(tensor.shape) for tensor in (ids, mask, labels)]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1 or any(tensor.is_floating_point() for tensor in (ids, labels)):
+        raise UsageError(
+            f"the batch's input_ids, attention_mask and labels are {shapes[0]}, {shapes[1]} and {shapes[2]}, of "
+            f"{ids.dtype} and {labels.dtype}: let them be integers of one shape, [batch, length]."
+        )
+    if ids.is_cuda or not ids.numel():
+        return
+    models = {"student": module.student}
+    if isinstance(module.teacher, LiveTeacher):
+        models["teacher"] = module.teacher.model
+    first, last = (int(number) for number in torch.aminmax(ids))
+    longest = int(mask.sum(1).max())
+    for name, model in models.items():
+        embeddings = getattr(model.model, "get_input_embeddings", lambda: None)()
+        known = getattr(embeddings, "num_embeddings", None)
+        if known and not 0 <= first <= last < known:
+            raise UsageError(
+                f"the batch holds the token {first if first < 0 else last}, and the {name} knows those from 0 to "
+                f"{known - 1}: let the DataLoader give tokens of its vocabulary."
+            )
+        if model.max_positions and longest > model.max_positions:
+            raise UsageError(
+                f"a sample of {longest} tokens is beyond the {model.max_positions} positions of the {name}: cut it."
+            )
+    learnt = labels[labels != module.criterion.ignore_index]
+    outputs = module.student.vocab_size
+    if outputs and learnt.numel() and not 0 <= int(learnt.min()) <= int(learnt.max()) < outputs:
+        odd = int(learnt.min()) if int(learnt.min()) < 0 else int(learnt.max())
+        raise UsageError(
+            f"the batch holds the label {odd}, and the student has outputs from 0 to {outputs - 1}: let labels be "
+            f"tokens, or {module.criterion.ignore_index} where nothing is to be learnt."
+        )

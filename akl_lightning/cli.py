@@ -1,11 +1,17 @@
 """The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
+from akl_lightning.interrupts import EXIT_CODE  # before all that takes seconds to import
+
+# isort: split
 import logging
+import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +21,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
 
 # All of them, so that --trainer.callbacks knows them by their names.
-from akl_lightning.callbacks import DistillationProgressBar, DistillationSummary
-from akl_lightning.checkpoint import newest_checkpoint
+from akl_lightning.callbacks import (
+    DistillationProgressBar,
+    DistillationSummary,
+    HeadTailPlot,
+    LastCheckpoint,
+    StudentExport,
+)
+from akl_lightning.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -26,6 +39,7 @@ from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
+from akl_lightning.optimization import try_optimizer
 from akl_lightning.parser import OneSentenceParser, one_sentence
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
@@ -39,6 +53,8 @@ LOST_PROCESSES = {
     "checkpoint.",
 }
 """What a RuntimeError of torch says when a process is gone, and what is said to the user instead."""
+
+_TWICE = "trainer.callbacks has {} twice: give it once."
 
 MODELS = ("teacher", "student", "model")
 """The arguments of modules that name a model."""
@@ -87,16 +103,8 @@ class InstructionCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Say in one sentence what a class does not accept or lacks, such as the package of a logger."""
-        try:
+        with in_one_sentence():
             super().instantiate_classes()
-        except ValueError as error:
-            # What the class has raised, behind what jsonargparse says of it; a bug in it is shown as it is.
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
-                raise
-            raise UsageError(one_sentence(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Say in one sentence what the Trainer does not accept."""
@@ -104,6 +112,26 @@ class InstructionCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise UsageError(str(error)) from error
+        except RuntimeError as error:
+            twice = re.match("Found more than one stateful callback of type `(.*?)`", str(error))
+            if twice is None:
+                raise
+            raise UsageError(_TWICE.format(twice[1])) from error
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Say what jsonargparse says of an error in one sentence; a bug in a class is shown as it is."""
+    try:
+        yield
+    except ValueError as error:
+        # What the class has raised, behind what jsonargparse says of it.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
+            raise
+        raise UsageError(one_sentence(str(error))) from error
 
 
 def _first_name(models: Iterable[Any]) -> str:
@@ -126,19 +154,82 @@ class DistillationCLI(InstructionCLI):
         super().__init__(DistillationModule, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint that ``--ckpt_path last`` means: Lightning would start afresh where it finds none."""
-        super().before_instantiate_classes()
+        """Look at what costs little, and find what ``--ckpt_path last`` means: Lightning would start afresh without."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
+        self.look_first()
+        super().before_instantiate_classes()
+
+    def look_first(self) -> None:
+        """Look at checkpoint, folders, optimizer and schedule, once, before anything that takes long.
+
+        Raises:
+            UsageError: one of them cannot be had.
+        """
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        checkpoint = config.get("ckpt_path")
+        if checkpoint and checkpoint not in ("best", "hpc") and ":" not in checkpoint:
+            AtomicCheckpointIO().load_checkpoint(checkpoint)
+        if self.subcommand in (None, "fit"):
+            root = Path(config.trainer.default_root_dir or ".")
+            settings = self._without_models()
+            callbacks = settings.trainer.callbacks or []
+            keys = [callback.state_key for callback in callbacks]
+            if twice := {key for key in keys if keys.count(key) > 1}:
+                raise UsageError(_TWICE.format(min(twice).split("{")[0]))
+            for callback in callbacks:
+                if isinstance(callback, HeadTailPlot | LastCheckpoint | StudentExport):
+                    callback.look(root, goes_on=checkpoint is not None)
+            # Without any, Lightning takes 1,000 epochs.
+            ends = config.trainer.max_epochs != -1 or config.trainer.max_steps != -1
+            try_optimizer(settings.model.optimizer, settings.model.lr_scheduler, ends)
+
+    def instantiate_classes(self) -> None:
+        """Read and tokenize the data before the models, which take longer."""
+        with isolate_rng():  # new models are the same whether there was something to tokenize
+            data = InstructionDataModule(**self._without_models().data.as_dict())
+            data.setup(self.subcommand or "fit")
+        super().instantiate_classes()
+        self.datamodule.splits = data.splits
+
+    def _without_models(self) -> Namespace:
+        """The settings, what they name made into objects, but for models, loggers and what is not the package's own."""
+        settings = self.config.clone()
+        config = settings if self.subcommand is None else settings[self.subcommand]
+        config.model = Namespace({name: config.model[name] for name in ("optimizer", "lr_scheduler")})
+        given = config.trainer.callbacks
+        callbacks = [callback for callback in (given if isinstance(given, list) else [given]) if callback]
+        own = [callback for callback in callbacks if callback.class_path.startswith("akl_lightning.")]
+        config.trainer = Namespace(callbacks=own or None)
+        with in_one_sentence(), isolate_rng():
+            settings = self.parser.instantiate(settings, instantiate_groups=False)
+        return settings if self.subcommand is None else settings[self.subcommand]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the pack's progress bar and summary, where the user has not chosen others or none."""
         config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
         more = _progress_and_summary(config.trainer)
         self.trainer_defaults["callbacks"] = [*self.trainer_defaults.get("callbacks", []), *more]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint):
+                callback.command = own_command()
+        return trainer
+
+
+def own_command() -> str:
+    """This process's command line but for ``--ckpt_path``, to be typed again."""
+    program, *arguments = sys.argv
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if "--ckpt_path" not in (before, word.split("=")[0])
+    ]
+    # torchrun does not tell its workers how it was called.
+    launched = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"] * program.endswith(".py")
+    return f"{' '.join(launched)} {shlex.join([program if launched else Path(program).name, *kept])}".strip()
 
 
 def _progress_and_summary(settings: Namespace) -> list[Callback]:
@@ -154,7 +245,7 @@ def _progress_and_summary(settings: Namespace) -> list[Callback]:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a command; a mistake that the user can mend ends it with one sentence and exit code 2.
+    """Run a command; a mistake that the user can mend ends it with one sentence and exit code 2, Ctrl-C with 130.
 
     Args:
         main: the command.
@@ -163,6 +254,10 @@ def run_command(main: Callable[[], object]) -> None:
     noise = re.compile("Tip:|Trainer already configured with model summary")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: noise.search(str(record.msg)) is None)
+    # Its handler keeps the stream that it began with, past the one that a progress bar puts in its place.
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.emit = partial(_say, handler)  # type: ignore[method-assign]
     # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
     warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
     # A TTY that went away (a closed pager, head) is no mistake.
@@ -171,6 +266,13 @@ def run_command(main: Callable[[], object]) -> None:
             main()
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt as error:
+            sys.stderr.write("interrupted\n")
+            raise SystemExit(EXIT_CODE) from error
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            raise SystemExit(EXIT_CODE) from end  # the Trainer's own way to end has 1
         except (UsageError, OSError, MisconfigurationException) as error:
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(2) from error
@@ -180,6 +282,10 @@ def run_command(main: Callable[[], object]) -> None:
                 raise
             sys.stderr.write(f"error: {lost[0]}\n")
             raise SystemExit(2) from error
+
+
+def _say(handler: logging.Handler, record: logging.LogRecord) -> None:
+    sys.stderr.write(f"{handler.format(record)}\n")
 
 
 class WriterCLI(InstructionCLI):

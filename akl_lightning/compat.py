@@ -102,6 +102,18 @@ def log_step_now(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
+def counts_epochs_without_end(bar: Class) -> Class:
+    """Decorate a ``RichProgressBar``: where steps alone end a run, it says ``Epoch 0``, and not ``Epoch 0/-2``."""
+    describe = bar._get_train_description  # type: ignore[attr-defined]
+
+    def described(self: Any, current_epoch: int) -> str:
+        description = describe(self, current_epoch)
+        return description.replace("/-2", "").ljust(len(description))  # of one width, so that nothing flickers
+
+    bar._get_train_description = described  # type: ignore[attr-defined]
+    return bar
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # argparse and jsonargparse
 

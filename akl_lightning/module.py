@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.batch import KEYS, Batch, response_of
 from akl_lightning.checkpoint import AtomicCheckpointIO
-from akl_lightning.checks import check_callbacks, check_run
+from akl_lightning.checks import check_batch, check_callbacks, check_run
 from akl_lightning.compat import evaluated_loaders, trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
@@ -243,10 +243,11 @@ class DistillationModule(LightningModule):
             to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
 
         Raises:
-            UsageError: one of the three is missing; a model cannot be given an entry; the teacher's cache lacks a
-                sample.
+            UsageError: one of the three is missing, or holds what a model does not know; a model cannot be given an
+                entry; the teacher's cache lacks a sample.
         """
         response = response_of(batch, self.criterion)
+        check_batch(self, batch)
         self.student.check_inputs(batch, "student")
         prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:

@@ -14,6 +14,7 @@ from akl_lightning.compat import forget_loaded_data
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
+from akl_lightning.optimization import Continuation, Settings, found_rate, settings_of
 from akl_lightning.parallel import gather_objects
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ class Resume:
 
     def __init__(self, module: "DistillationModule") -> None:
         self.module = module
-        self._random_states: list[dict[str, Any]] = []
+        self.forget()
 
     def forget(self) -> None:
         """Begin anew, without what a run that was broken off has left."""
-        self._random_states = []
+        self._random_states: list[dict[str, Any]] = []
+        self._checkpoint: dict[str, Any] | None = None
+        self._settings: Settings | None = None
 
     def prepare(self) -> None:
         """Get ready for what Lightning restores next: the place in the data, optimizer states by parameter names."""
@@ -50,6 +53,21 @@ class Resume:
         if not isinstance(trainer.strategy, FSDPStrategy):  # which has its own way to gather them
             for optimizer in trainer.optimizers:
                 key_by_name(optimizer, module)
+        self._settings = settings_of(module)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Let what is asked for now win; called when there is both an optimizer and a checkpoint."""
+        module, trainer = self.module, self.module.trainer
+        if self._settings is None or self._checkpoint is None:
+            return
+        if (found := found_rate(self._settings, self._checkpoint)) is not None:
+            module.lr = found
+            trainer.strategy.setup_optimizers(trainer)
+            self.prepare()
+            return
+        checkpoint, self._checkpoint = self._checkpoint, None
+        Continuation(trainer, self._settings, checkpoint).prepare()
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out. Called on all ranks."""
@@ -61,6 +79,7 @@ class Resume:
                 f"checkpoint in the middle of an optimizer step: its {len(module.step_mean)} micro-batches so far are "
                 "missing from a run that resumes there. Save after whole steps, as LastCheckpoint does."
             )
+        checkpoint["settings"] = self._settings
         checkpoint["split"] = self._split(module.current_epoch)
         begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
         checkpoint["within_epoch"] = begun and not trainer.is_last_batch
@@ -109,7 +128,15 @@ class Resume:
         # Lightning's finders try some steps before the run, and then go back to where they were.
         module.step_mean.forget()
         module.train_metrics.reset()
+        shuffled_here = facts_of_run(trainer).group_by_length is not None
+        if shuffled_here and checkpoint.get("within_epoch") and "settings" not in checkpoint:
+            rank_zero_warn(
+                "the checkpoint lies within an epoch whose samples an earlier version has put into another order: the "
+                "rest of this epoch has some of them twice and lacks others; the next one has each once again."
+            )
         self._random_states = checkpoint.get("random_states", [])
+        self._checkpoint = checkpoint
+        self._go_on()
         if trainer.is_global_zero:  # sums over ranks, so one of them has it all
             for name, state in checkpoint.get("train_metrics", {}).items():
                 if name not in module.train_metrics:

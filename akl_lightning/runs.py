@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +24,14 @@ from akl_lightning.callbacks import (
     SampledAnswers,
     StudentExport,
 )
-from akl_lightning.checkpoint import free_path, newest_checkpoint
+from akl_lightning.checkpoint import claim_folder, free_path, newest_checkpoint
 from akl_lightning.cli import DistillationCLI
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
+from akl_lightning.parallel import said_by_rank_0
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 
 Found = TypeVar("Found", bound=Callback)
@@ -71,22 +73,25 @@ class RunCLI(DistillationCLI):
         super().add_arguments_to_parser(parser)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Read the defaults first, then the settings of the run that goes on; choose the run's folder."""
+        """Read the defaults first, then the settings of the run that goes on."""
         # As a first --config: jsonargparse 4.53 cannot read an optimizer from its default_config_files.
         defaults, args = ["--config", str(self.defaults)], sys.argv[1:] if args is None else args
         config = parser.parse_args([*defaults, *args])
-        self.run_folder, checkpoint = choose_run(Path(config.output_dir), config.ckpt_path)
-        if checkpoint is not None:
+        if config.ckpt_path is not None:
+            self.run_folder, checkpoint = find_run(Path(config.output_dir), config.ckpt_path)
             config = parser.parse_args([*defaults, *_config_of(self.run_folder), *args])
-        config.ckpt_path = checkpoint
+            config.ckpt_path = checkpoint
         self.config = config
 
     def before_instantiate_classes(self) -> None:
-        """Choose what watches the run."""
-        config, run = self.config, self.run_folder
+        """Choose the run's folder, and what watches the run."""
+        config = self.config
         if str(config.model.teacher).startswith(CACHE_PREFIX):
             raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
         super().before_instantiate_classes()
+        if config.ckpt_path is None:
+            self.run_folder = claim_run(Path(config.output_dir))
+        run = self.run_folder
         config.trainer.default_root_dir = str(run)
         callbacks: list[Callback] = [HeadTailPlot(str(run)), StudentExport(str(run / "student"))]
         if not config.trainer.fast_dev_run:
@@ -103,21 +108,50 @@ class RunCLI(DistillationCLI):
                 LastCheckpoint(run / "checkpoints", every_n_steps=50),
             ]
         # The last one writes last.ckpt, and is to know what the others have kept.
-        self.trainer_defaults["callbacks"] = callbacks
+        self.own_callbacks = callbacks
+
+    def instantiate_classes(self) -> None:
+        """Leave no empty folder where something cannot be had."""
+        try:
+            super().instantiate_classes()
+        except BaseException:
+            with suppress(OSError):  # it is not empty
+                self.run_folder.rmdir()
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard, in the folder."""
+        """Log to TensorBoard, in the folder; a callback that is given stands in for the recipe's own of its kind."""
+        given = self.config_init.trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        for callback in given:
+            if isinstance(callback, LastCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run_folder / "checkpoints")  # where it is looked for
+        kinds = {callback.state_key for callback in given}
+        self.trainer_defaults["callbacks"] = [own for own in self.own_callbacks if own.state_key not in kinds]
         if self.config.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder, name="tensorboard", version="")
         return super().instantiate_trainer(**kwargs)
 
 
-def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | None]:
-    """A new folder for a new run; the old one for a run that goes on.
+def claim_run(output_dir: Path) -> Path:
+    """Make the folder of a new run, which no other run has; the same one on every rank.
 
     Args:
-        output_dir: where runs lie; ``-v1`` and so on are added to the later ones.
-        ckpt_path: None for a new run, a checkpoint, or ``last``.
+        output_dir: where it is to lie; ``-v1`` and so on are added where there is one already.
+    """
+    # A rank that the Trainer has launched has it from the one that launched it.
+    launched = os.environ.get("AKL_RUN_FOLDER") if "LOCAL_RANK" in os.environ else None
+    run = launched or said_by_rank_0(lambda: str(claim_folder(output_dir)))
+    os.environ["AKL_RUN_FOLDER"] = run
+    return Path(run)
+
+
+def find_run(output_dir: Path, ckpt_path: str) -> tuple[Path, str]:
+    """The folder of a run that goes on.
+
+    Args:
+        output_dir: where runs lie.
+        ckpt_path: a checkpoint, or ``last``.
 
     Returns:
         The folder, and the checkpoint to go on from.
@@ -125,12 +159,6 @@ def choose_run(output_dir: Path, ckpt_path: str | None) -> tuple[Path, str | Non
     Raises:
         UsageError: there is no such checkpoint.
     """
-    if ckpt_path is None:
-        # A launched rank has to agree with the one that launched it, which has begun to fill the folder.
-        launched = os.environ.get("AKL_RUN_FOLDER") if "LOCAL_RANK" in os.environ else None
-        run = Path(launched or free_path(output_dir))
-        os.environ["AKL_RUN_FOLDER"] = str(run)
-        return run, None
     if ckpt_path == "last":
         name = re.compile(re.escape(output_dir.name) + r"(-v\d+)?")
         siblings = output_dir.parent.iterdir() if output_dir.parent.is_dir() else ()

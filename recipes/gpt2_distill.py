@@ -10,6 +10,9 @@ teacher are trained on it and cached, and the student is distilled, tested and e
 training, --teacher.* the teacher's; --help lists every option.
 """
 
+import akl_lightning.interrupts  # first, so that a Ctrl-C during the other imports is no traceback
+
+# isort: split
 import hashlib
 import json
 import platform
@@ -29,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 import akl_lightning
 from akl_lightning.callbacks import DistillationProgressBar
-from akl_lightning.checkpoint import atomic_folder
+from akl_lightning.checkpoint import atomic_folder, check_writable
 from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule, split_pairs
@@ -56,7 +59,8 @@ class Recipe(RunCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        # Built once before the teacher's training, so that a mistake in its settings costs no time.
+        # Before the teacher's training, so that a mistake costs no time.
+        self.look_first()
         criterion = config.model.criterion
         DistillationCriterion(**criterion.as_dict() | {"divergence": instantiate_class((), criterion.divergence)})
         if config.model.teacher is None:
@@ -95,6 +99,7 @@ def prepare_teacher(
     Returns:
         A folder with model and tokenizer.
     """
+    check_writable(Path(cache_dir).expanduser())
     console.print("[bold]Corpus: reading the pairs")
     source = instantiate_class((), {"init_args": {}, **data.source.as_dict()})
     pairs = split_pairs(source.load(), data.validation_size, data.test_size)
@@ -112,7 +117,6 @@ def prepare_teacher(
     }
     key = digest(json.dumps(depends_on, sort_keys=True))[:16]
     folder = Path(cache_dir).expanduser() / f"teacher-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # One process builds; others that start with it (torchrun) wait and find what it has built.
     with FileLock(folder.with_suffix(".lock")):
         if folder.exists():

@@ -2,7 +2,10 @@ import copy
 import os
 import pickle
 import signal
+import socket
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from akl_lightning.checkpoint import (
     AtomicCheckpointIO,
     atomic_file,
     atomic_folder,
+    claim_file,
+    claim_folder,
     free_path,
     key_by_name,
     newest_checkpoint,
@@ -73,6 +78,46 @@ def test_a_file_is_whole_or_the_one_before_stays(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_text() == "two"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_that_start_together_claim_different_folders_and_files(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with ThreadPoolExecutor(16) as starters:
+        folders = list(starters.map(claim_folder, [tmp_path / "run"] * 16))
+        files = list(starters.map(claim_file, [tmp_path / "plot.png"] * 16))
+    assert len(set(folders)) == len(set(files)) == 16 and tmp_path / "run" not in folders
+    assert all(folder.is_dir() for folder in folders) and all(file.is_file() for file in files)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot write to .*file: .*choose another folder"):
+        claim_folder(tmp_path / "file/run")
+
+
+def test_only_what_dead_processes_have_left_is_removed(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {
+        f".last.ckpt.{host}-{ended.pid}.abcdefgh": False,
+        f".last.ckpt.{host}-{os.getpid()}.abcdefgh": False,  # of a container's process of the same number
+        f".last.ckpt.{host}-{os.getppid()}.abcdefgh": True,
+        ".last.ckpt.elsewhere-1.abcdefgh": True,
+        ".last.ckpt.lock": True,
+        ".last.ckpt-v1.ckpt.abcdefgh": True,
+    }
+    for name in names:
+        (tmp_path / name).touch()
+    for name in (".last.ckpt.elsewhere-2.abcdefgh", ".last.ckpt.abcdefgh"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    with atomic_file(tmp_path / "last.ckpt") as file:
+        assert f"-{os.getpid()}." in file.name
+    stay = {name for name, stays in names.items() if stays}
+    assert {path.name for path in tmp_path.iterdir()} == stay | {"last.ckpt"}
+    (tmp_path / f".model.{host}-{ended.pid}.abcdefgh").mkdir()
+    (tmp_path / f".model.{host}-{os.getppid()}.abcdefgh").mkdir()
+    with atomic_folder(tmp_path / "model"):
+        pass
+    assert [path.name for path in tmp_path.glob(".model*")] == [f".model.{host}-{os.getppid()}.abcdefgh"]
 
 
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_survives(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from transformers import AutoTokenizer
 
 from akl_lightning import callbacks
 from akl_lightning.cli import main
+from akl_lightning.errors import UsageError
+from akl_lightning.runs import RunCLI
 from tests.conftest import gpt2
 
 NAMES = [name for name in callbacks.__all__ if name[0].isupper()]
@@ -66,6 +68,16 @@ def test_a_printed_configuration_is_the_run(
         assert config["model"]["criterion"]["divergence"]["init_args"]["mu"] == 0.7
         assert config["data"]["tokenizer"] == "large", "stated once, for the teacher"
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_that_goes_on_has_the_rate_of_the_flag(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = ["--model.lr_scheduler", "linear", "--trainer.default_root_dir"]
+    assert akl(monkeypatch, "fit", *RUN, *schedule, "one", "--model.optimizer.lr", "1e-3") == 0
+    more = ["--trainer.max_steps", "8", "--ckpt_path", next((folder / "one").rglob("*.ckpt")).as_posix()]
+    assert akl(monkeypatch, "fit", *RUN, *schedule, "two", "--model.optimizer.lr", "1e-5", *more) == 0
+    checkpoint = torch.load(next((folder / "two").rglob("*.ckpt")), weights_only=True)
+    assert checkpoint["global_step"] == 8 and checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-5]
+    assert checkpoint["settings"]["optimizers"][0]["groups"][0]["initial_lr"] == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -224,6 +236,90 @@ def test_a_mistake_is_one_sentence(
     said = capsys.readouterr().err.split("error: ")[1].removesuffix("(--help lists the options)\n").strip()
     assert message in said and "\n" not in said
     assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.dirpath", "large"],
+            "large is not empty and is nev",
+        ),
+        (
+            ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.dirpath", "pairs.jsonl/x"],
+            "cannot write to pairs",
+        ),
+        (["--trainer.callbacks+=StudentExport", "--trainer.callbacks.tokenizer", "small"], "cannot load the tokenizer"),
+        (
+            ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.dirpath", "old"],
+            "last.ckpt is another run's an",
+        ),
+        (
+            ["--trainer.callbacks+=HeadTailPlot", "--trainer.callbacks.dirpath", "pairs.jsonl/x"],
+            "cannot write to pairs",
+        ),
+        (["--ckpt_path", "gone.ckpt"], "the checkpoint gone.ckpt is no file"),
+        (["--ckpt_path", "old/last.ckpt"], "the checkpoint old/last.ckpt is damaged"),
+        (["--data.source.path", "gone.jsonl"], "there is no file gone.jsonl"),
+        (["--data.max_length", "3"], "no usable train sample left"),
+        (["--data.validation_size", "-1"], "data.validation_size must be a number of samples or a share"),
+        (
+            ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "1"],
+            "model.lr_scheduler does not accept",
+        ),
+        (
+            ["--model.lr_scheduler", "cosine", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"],
+            "which has no end",
+        ),
+        (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
+    ],
+)
+def test_what_costs_little_is_looked_at_before_a_model_is_loaded(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    (folder / "old").mkdir()
+    (folder / "old/last.ckpt").write_text("of another run")
+    for name in ("load_causal_lm", "LiveTeacher"):
+        monkeypatch.setattr(f"akl_lightning.module.{name}", refuse)
+    assert akl(monkeypatch, "fit", *RUN, *arguments) == 2
+    assert message in capsys.readouterr().err.split("error: ")[1]
+
+
+def test_a_callback_given_twice_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.dirpath", "one"]
+    twice += ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.dirpath", "two"]
+    assert akl(monkeypatch, "fit", *RUN, *twice) == 2
+    assert "trainer.callbacks has StudentExport twice: give it once." in capsys.readouterr().err
+
+
+def test_a_callback_stands_in_for_the_recipes_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own.yaml").write_text("seed_everything: 0")
+    monkeypatch.setattr(sys, "argv", ["own.py"])
+
+    def run(*arguments: str) -> list[Callback]:
+        return RunCLI(folder / "own.yaml", None, [*RUN, *arguments]).trainer.callbacks
+
+    given = ["--trainer.callbacks+=StudentExport", "--trainer.callbacks.dirpath", "mine"]
+    callbacks_ = run(*given, "--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps", "7")
+    (export,) = [callback for callback in callbacks_ if isinstance(callback, callbacks.StudentExport)]
+    (last,) = [callback for callback in callbacks_ if isinstance(callback, callbacks.LastCheckpoint)]
+    assert export.dirpath == "mine"
+    assert last.every_n_steps == 7 and last.path == Path("runs/own/checkpoints/last.ckpt")
+    assert (
+        last.command == "python own.py" and len([each for each in callbacks_ if isinstance(each, ModelCheckpoint)]) == 2
+    )
+    with pytest.raises(UsageError, match="cannot load the student"):
+        run("--model.student", "nowhere", "--model.teacher", "large")
+    assert [path.name for path in (folder / "runs").iterdir()] == ["own"], "no empty folder is left"
 
 
 def test_a_bug_in_a_class_of_the_users_own_is_not_hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

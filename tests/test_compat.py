@@ -17,6 +17,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser, lazy_instance
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -189,6 +190,20 @@ def test_a_step_is_logged_at_once(tmp_path: Path) -> None:
         settings = {**QUIET, "logger": Logger(tmp_path)}
         Trainer(**settings, max_steps=1, log_every_n_steps=1, limit_val_batches=0).fit(Logs())
         assert logged
+
+
+def test_the_description_of_an_epoch() -> None:
+    with relies_on("Lightning's RichProgressBar describes an epoch in _get_train_description, as 0/-2 without an end"):
+
+        class Bar(RichProgressBar):
+            pass
+
+        bar = Bar()
+        bar._trainer = Trainer(**QUIET, max_epochs=-1)
+        assert bar._get_train_description(0).strip() == "Epoch 0/-2"
+        compat.counts_epochs_without_end(Bar)
+        assert bar._get_train_description(0).strip() == "Epoch 0"
+        assert len(bar._get_train_description(0)) == len(RichProgressBar._get_train_description(bar, 0))
 
 
 def test_options_and_arguments_of_a_parser() -> None:

@@ -435,6 +435,32 @@ def test_a_missing_key_is_named() -> None:
         Trainer(**QUIET, max_epochs=1).fit(module(), loader([batch]))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("input_ids", 300, r"holds the token 300, and the student knows those from 0 to 299: let the DataLoader give"),
+        ("input_ids", -1, r"holds the token -1, and the student knows those from 0"),
+        ("labels", 301, r"holds the label 301, and the student has outputs from 0 to 299"),
+        ("labels", -1, r"holds the label -1, and .* or -100 where nothing is to be learnt"),
+    ],
+)
+def test_a_batch_that_no_model_knows_is_one_sentence(key: str, value: int, message: str) -> None:
+    batch = stack(samples())
+    batch[key][3, 3] = value
+    with pytest.raises(UsageError, match=message):
+        Trainer(**QUIET, max_epochs=1).fit(module(), loader([batch]))
+
+
+def test_a_batch_of_another_shape_is_one_sentence() -> None:
+    batch = stack(samples())
+    for key, odd in (("labels", batch["labels"][:, :-1]), ("labels", batch["labels"].float()), ("input_ids", 0)):
+        wrong = {**batch, key: batch[key][0] if isinstance(odd, int) else odd}
+        with pytest.raises(UsageError, match=r"let them be integers of one shape, \[batch, length\]"):
+            module().distill(wrong)
+    with pytest.raises(UsageError, match="a sample of 24 tokens is beyond the 16 positions of the teacher: cut it"):
+        module(teacher=gpt2(16, positions=16)).distill({**batch, "attention_mask": torch.ones_like(batch["labels"])})
+
+
 def test_models_that_cannot_be_had() -> None:
     with pytest.raises(UsageError, match=r"cannot load the student 'nobody/nothing'.*path of a local folder"):
         DistillationModule("nobody/nothing", gpt2())

@@ -8,16 +8,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from akl_lightning.callbacks.model_card import model_card
-from akl_lightning.checkpoint import atomic_folder, check_writable, free_path
+from akl_lightning.checkpoint import atomic_folder, check_writable, claim_folder
 from akl_lightning.compat import new_model
 from akl_lightning.errors import UsageError
+from akl_lightning.models.load import load_tokenizer
+from akl_lightning.models.vocabulary import tokenizer_of
 from akl_lightning.module import DistillationModule
+from akl_lightning.parallel import ending_together
 
 _PREFIX = "student.model."
 
@@ -35,15 +38,23 @@ class StudentExport(Callback):
             given and not empty is refused, and a run that is resumed, or that names none, goes on to ``student-v1``.
         merge: write a student that PEFT has wrapped as one model, its adapter merged in; False for the adapter alone,
             which is loaded onto the model that it was made for.
+        tokenizer: the one to write beside the student, or the hub name or local folder of one; the data's, or else the
+            one that lies beside student or teacher, where it is not given.
 
     Raises:
         UsageError: the student is no ``transformers`` model, or its adapter cannot be written so; the folder is another
             run's or cannot be written to.
     """
 
-    def __init__(self, dirpath: str | None = None, merge: bool = True) -> None:
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        merge: bool = True,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+    ) -> None:
         self.dirpath = dirpath
         self.merge = merge
+        self.tokenizer = _named(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.exported: Path | None = None
         """Where the last student lies, once it is written."""
         self.exported_best: Path | None = None
@@ -51,9 +62,25 @@ class StudentExport(Callback):
         self.validations: dict[int, dict[str, float]] = {}
         """What was measured, by optimizer steps done."""
 
-    def _folder(self, trainer: Trainer, suffix: str = "") -> Path:
-        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "student")
+    def _folder(self, root: str | Path, suffix: str = "") -> Path:
+        folder = Path(self.dirpath or Path(root) / "student")
         return folder.with_name(folder.name + suffix)
+
+    def look(self, root: Path, goes_on: bool) -> None:
+        """Look at the folders before any work.
+
+        Args:
+            root: the Trainer's ``default_root_dir``.
+            goes_on: whether the run goes on from a checkpoint.
+
+        Raises:
+            UsageError: they are another run's, or cannot be written to.
+        """
+        for folder in (self._folder(root), self._folder(root, "-best")):
+            own = folder in (self.exported, self.exported_best)
+            if self.dirpath and not goes_on and folder.exists() and not own and not _is_empty(folder):
+                raise UsageError(f"{folder} is not empty and is never overwritten: give StudentExport another dirpath.")
+        check_writable(self._folder(root).parent)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the student can be exported."""
@@ -79,17 +106,20 @@ class StudentExport(Callback):
                     f"StudentExport stands before {type(callback).__name__} and would write weights that are not "
                     "averaged yet: list it after."
                 )
-        check_writable(self._folder(trainer).parent)
+        check_writable(self._folder(trainer.default_root_dir).parent)
+        assert isinstance(pl_module, DistillationModule)
+        if self.tokenizer is not None:
+            pl_module.student.check_fits("student", self.tokenizer, None)
+        elif pl_module.find_tokenizer() is None:
+            rank_zero_warn(
+                "StudentExport finds no tokenizer, neither in the data module nor beside a model: the folder it writes "
+                "will have none. Give StudentExport(tokenizer=...), a folder or a tokenizer."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that is another run's."""
         # Not before: the Trainer knows its ckpt_path only now.
-        if self.dirpath is None or trainer.ckpt_path:
-            return
-        for folder in (self._folder(trainer), self._folder(trainer, "-best")):
-            own = folder in (self.exported, self.exported_best)
-            if folder.exists() and not own and not _is_empty(folder):
-                raise UsageError(f"{folder} is not empty and is never overwritten: give StudentExport another dirpath.")
+        self.look(Path(trainer.default_root_dir), goes_on=bool(trainer.ckpt_path))
 
     # Before the ModelCheckpoints, which are called last, so that they keep it.
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,16 +134,19 @@ class StudentExport(Callback):
         assert isinstance(pl_module, DistillationModule)
         # On every rank: where the student is sharded, each has a part of it.
         weights = trainer.strategy.lightning_module_state_dict()
-        if not trainer.is_global_zero:
-            return
+        with ending_together(trainer):
+            if trainer.is_global_zero:
+                self._write_both(trainer, pl_module, weights)
+
+    def _write_both(self, trainer: Trainer, module: DistillationModule, weights: Any) -> None:
         epoch, step = trainer.current_epoch, trainer.global_step
-        self.exported = self._write(trainer, pl_module, "", weights, f"the last of {epoch} epochs", step)
+        self.exported = self._write(trainer, module, "", weights, f"the last of {epoch} epochs", step)
         rank_zero_info(f"student exported to {self.exported}")
         if best := _best_checkpoint(trainer):
             checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(best)
             weights, step = checkpoint["state_dict"], checkpoint["global_step"]
             self.exported_best = self._write(
-                trainer, pl_module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
+                trainer, module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
             )
             rank_zero_info(f"best student exported to {self.exported_best}")
 
@@ -123,15 +156,15 @@ class StudentExport(Callback):
         own: dict[str, Tensor] = {
             name.removeprefix(_PREFIX): weight for name, weight in weights.items() if name.startswith(_PREFIX)
         }
-        path = self._folder(trainer, suffix)
+        path = self._folder(trainer.default_root_dir, suffix)
         if _is_empty(path):
             path.rmdir()
-        path = free_path(path)
-        model, tokenizer = module.student.model, module.find_tokenizer()
+        path = claim_folder(path)
+        model, tokenizer = module.student.model, self.tokenizer or module.find_tokenizer()
         if hasattr(model, "peft_config") and self.merge:
             model = _merged(model, own)
             own = model.state_dict()
-        with atomic_folder(path) as folder:
+        with atomic_folder(path, claimed=True) as folder:
             with _without_progress_bar():
                 model.save_pretrained(folder, state_dict=own)
             if tokenizer is not None:
@@ -152,6 +185,13 @@ class StudentExport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what the run that is resumed has measured."""
         self.validations = dict(state_dict["validations"])
+
+
+def _named(source: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(source)
+    if tokenizer_of(source) is None:  # made out of nothing
+        raise UsageError(f"cannot load the tokenizer {source!r}: there is a model without one; give another.")
+    return tokenizer
 
 
 def _end_as(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:

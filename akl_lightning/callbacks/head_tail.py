@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from akl_lightning.callbacks.checks import require_teacher
 from akl_lightning.callbacks.figures import HEAD, TAIL, blank_figure, in_own_style, ink
 from akl_lightning.callbacks.loggers import log_figure
-from akl_lightning.checkpoint import check_writable, free_path
+from akl_lightning.checkpoint import check_writable, claim_file, free_path
 
 
 class HeadTailPlot(Callback):
@@ -30,6 +30,11 @@ class HeadTailPlot(Callback):
         self.dirpath = dirpath
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.path: Path | None = None
+        self._claimed = False
+
+    def look(self, root: Path, goes_on: bool) -> None:
+        """Raise :class:`UsageError` unless the folder can be written to; as of ``StudentExport``."""
+        check_writable(Path(self.dirpath or root))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a teacher to differ from, and choose a file."""
@@ -69,19 +74,21 @@ class HeadTailPlot(Callback):
     def _draw(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero or self.path is None:
             return
+        if not self._claimed:  # not in setup, so that a run that fails leaves nothing
+            self.path, self._claimed = claim_file(self.path), True
         figure = draw_head_tail(self.history)
         figure.savefig(self.path)
         log_figure(trainer, "head_tail_error", figure)
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far and their file, so that a resumed run goes on with them."""
-        return {"history": self.history, "name": self.path.name if self.path else None}
+        return {"history": self.history, "name": self.path.name if self.path and self._claimed else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the run that is resumed."""
         self.history = {name: [tuple(point) for point in points] for name, points in state_dict["history"].items()}
         if self.path and state_dict["name"]:
-            self.path = self.path.with_name(state_dict["name"])
+            self.path, self._claimed = self.path.with_name(state_dict["name"]), True
 
 
 @in_own_style

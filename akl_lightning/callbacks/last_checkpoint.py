@@ -1,5 +1,7 @@
 """A checkpoint from which a run goes on exactly where it was."""
 
+import os
+import shlex
 import signal
 import sys
 import threading
@@ -10,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from akl_lightning.checkpoint import check_writable
 from akl_lightning.compat import log_step_now
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -19,9 +22,10 @@ class LastCheckpoint(ModelCheckpoint):
     """Keep ``last.ckpt``, from which a run goes on exactly where it was, whenever and however it ends.
 
     It is written after every validation (where an epoch has none, after the first optimizer step of the next one),
-    every so many optimizer steps, at the end, and when the process is asked to end (SIGTERM), always between two whole
-    optimizer steps and after the loggers have been flushed. Use it beside a ``ModelCheckpoint`` that keeps the best,
-    and list it last, so that it knows what the other has kept.
+    every so many optimizer steps, at the end, and when the process is asked to end (SIGTERM, Ctrl-C), always between
+    two whole optimizer steps and after the loggers have been flushed. Then the run ends with ``SystemExit``: a command
+    with exit code 143 or 130, while a notebook's kernel lives on. A second Ctrl-C ends at once. Use it beside a
+    ``ModelCheckpoint`` that keeps the best, and list it last, so that it knows what the other has kept.
 
     Args:
         dirpath: the folder; as for ``ModelCheckpoint`` where it is not given.
@@ -33,6 +37,9 @@ class LastCheckpoint(ModelCheckpoint):
             raise UsageError(f"every_n_steps must be 1 or more, got {every_n_steps}.")
         super().__init__(dirpath, save_top_k=0, save_last=True)
         self.every_n_steps = every_n_steps
+        self.command: str | None = None
+        """The command line of the run, if it has one, which ``--ckpt_path`` is added to where it is said."""
+        self._asked_by = signal.SIGTERM
         self._last_step = self._last_written = 0
         self._due = False
 
@@ -41,6 +48,25 @@ class LastCheckpoint(ModelCheckpoint):
         """The file."""
         assert self.dirpath is not None
         return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+
+    def look(self, root: Path, goes_on: bool) -> None:
+        """Look at the file before any work.
+
+        Args:
+            root: the Trainer's ``default_root_dir``; where the folder is not given, the loggers' new one is taken.
+            goes_on: whether the run goes on from a checkpoint.
+
+        Raises:
+            UsageError: it is another run's, or cannot be written.
+        """
+        if self.dirpath is None or "://" in str(self.dirpath):
+            return
+        if not goes_on and self.path.exists() and self.last_model_path != str(self.path):
+            raise UsageError(
+                f"{self.path} is another run's and is never overwritten: go on from it with ckpt_path, or give another "
+                "dirpath."
+            )
+        check_writable(Path(self.dirpath))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module says when a step is whole."""
@@ -55,18 +81,21 @@ class LastCheckpoint(ModelCheckpoint):
             UsageError: the file is another run's.
         """
         # Not before: the Trainer knows its ckpt_path only now.
-        if not trainer.ckpt_path and self.path.exists() and self.last_model_path != str(self.path):
-            raise UsageError(
-                f"{self.path} is another run's and is never overwritten: go on from it with ckpt_path, or give another "
-                "dirpath."
-            )
+        self.look(Path(trainer.default_root_dir), goes_on=bool(trainer.ckpt_path))
         self._last_step = self._last_written = trainer.global_step
 
-        def request_stop(*_: Any) -> None:
+        def request_stop(number: int, _: Any) -> None:
             pl_module.stop_requested = True  # type: ignore[assignment]
+            self._asked_by = signal.Signals(number)
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)  # a second one ends at once
+                if trainer.is_global_zero:  # past sys.stderr, which may be in the middle of a line
+                    os.write(2, b"\nfinishing the optimizer step, then writing last.ckpt; Ctrl-C again ends at once\n")
 
+        self._asked_by = signal.SIGTERM
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, request_stop)  # which the Trainer takes back at its end
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, request_stop)  # which the Trainer takes back at its end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,7 +134,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is not written yet."""
-        if self._last_written != trainer.global_step:
+        assert isinstance(pl_module, DistillationModule)
+        # Nobody has told the others of a wish that came after the last step.
+        wished = trainer.strategy.reduce_boolean_decision(pl_module.stop_requested, all=False)
+        pl_module.stop_agreed |= wished
+        if pl_module.stop_agreed or self._last_written != trainer.global_step:
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,6 +151,8 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
         self._due, self._last_written = False, trainer.global_step
         if pl_module.stop_agreed:
-            rank_zero_info(f"stopped as asked after optimizer step {trainer.global_step}; go on from {self.path}")
+            path = shlex.quote(os.path.relpath(self.path) if self.command else str(self.path))
+            how = f"with: {self.command} --ckpt_path {path}" if self.command else f"from {path}"
+            rank_zero_info(f"stopped as asked after optimizer step {trainer.global_step}; go on {how}")
             # Only one process says so: a launcher that sees another one fail kills the rest.
-            sys.exit(128 + signal.SIGTERM if trainer.is_global_zero else 0)
+            sys.exit(128 + self._asked_by if trainer.is_global_zero else 0)

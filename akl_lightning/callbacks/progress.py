@@ -9,12 +9,14 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn, ProcessingSpeedColumn
 from torch import Tensor
 
+from akl_lightning.compat import counts_epochs_without_end
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
 _LOOK_EVERY_SECONDS = 0.5
 
 
+@counts_epochs_without_end
 class DistillationProgressBar(RichProgressBar):
     """Lightning's Rich progress bar with loss, mean head weight and tokens per second of all devices.
 

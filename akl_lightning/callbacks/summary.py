@@ -12,6 +12,7 @@ from rich import get_console
 from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from akl_lightning.criterion import STATISTICS
 from akl_lightning.errors import UsageError
@@ -105,8 +106,8 @@ def results(trainer: Trainer, seconds: float) -> Group:
         cells = [f"{of[stage]:.4f}" if stage in of else "-" for stage in ("train", "val")]
         table.add_row(figure.replace("_", " "), *cells)
     took = timedelta(seconds=round(seconds))
-    title = f"[bold]Trained {trainer.current_epoch} epochs, {trainer.global_step:,} optimizer steps, in {took}"
-    return Group(title, table)
+    title = f"Trained {trainer.current_epoch} epochs, {trainer.global_step:,} optimizer steps, in {took}"
+    return Group(Text(title, style="bold"), table)  # not in markup, which is turned off for the paths below
 
 
 def in_order(figures: Mapping[str, Figure]) -> dict[str, Figure]:

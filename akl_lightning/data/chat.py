@@ -4,6 +4,7 @@ import hashlib
 import json
 import string
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.errors import UsageError
@@ -53,6 +54,23 @@ def render(template: str, instruction: str, input: str = "") -> str:
             "and {input} in it."
         )
     return (with_input if input else without_input).format(instruction=instruction, input=input)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, task: str) -> str:
+    """Write a prompt as the tokenizer's own chat template does, up to where the answer begins.
+
+    Raises:
+        UsageError: the template is broken, or takes no such conversation.
+    """
+    try:
+        chat = [{"role": "user", "content": task}]
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"the tokenizer's chat template fails on the prompt {task[:40]!r} ({reason}): mend it, or use the template "
+            "plain or alpaca, or another one."
+        ) from error
 
 
 def template_digest(template: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.chat import CHAT, render, template_digest
+from akl_lightning.checkpoint import check_writable
+from akl_lightning.data.chat import CHAT, render, render_chat, template_digest
 from akl_lightning.data.collate import Row, Rows, collate, collate_prompts
 from akl_lightning.data.sampler import StepSampler, accumulated
 from akl_lightning.data.sources import Docstrings, Pair, Source
@@ -84,9 +86,14 @@ class InstructionDataModule(LightningDataModule):
             render(template, "")
         elif not self.tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template: use the template plain or alpaca, or another one.")
+        else:
+            render_chat(self.tokenizer, "Say one")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise UsageError(f"data.{name} must be 1 or more, got {value}.")
+        if num_workers < 0:
+            raise UsageError(f"data.num_workers must be 0 or more, got {num_workers}.")
+        _check_sizes(validation_size, test_size)
         if max_prompt_length is not None and max_prompt_length >= max_length:
             raise UsageError(
                 f"data.max_prompt_length = {max_prompt_length} leaves no token of data.max_length = {max_length} for a "
@@ -187,7 +194,7 @@ class InstructionDataModule(LightningDataModule):
             [inspect.getsource(_encode), transformers.__version__, tokenizers.__version__],
         ]
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
         return str(folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()}.arrow")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -271,8 +278,7 @@ def _encode(
 ) -> dict[str, list[Any]]:
     tasks = list(zip(pairs["instruction"], pairs["input"], strict=True))
     if template == CHAT:
-        chats = [[{"role": "user", "content": f"{task}\n{given}" if given else task}] for task, given in tasks]
-        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        prompts = [render_chat(tokenizer, f"{task}\n{given}" if given else task) for task, given in tasks]
     else:
         prompts = [render(template, task, given) for task, given in tasks]
     # A chat template writes its own special tokens.
@@ -307,8 +313,9 @@ def split_pairs(
         All three splits; which pair goes where depends on nothing but its name and, for numbers, on its peers.
 
     Raises:
-        UsageError: nothing would be left to train on.
+        UsageError: a size below 0, or nothing would be left to train on.
     """
+    _check_sizes(validation_size, test_size)
     splits = {split: list(members) for split, members in pairs.items()}
     if "train" not in splits:  # a test set
         return {"train": [], "validation": [], **splits}
@@ -327,6 +334,12 @@ def split_pairs(
     held_out = set(train[:used])
     splits["train"] = [pair for pair in splits["train"] if pair not in held_out]
     return splits
+
+
+def _check_sizes(validation_size: int | float, test_size: int | float) -> None:
+    for name, size in (("validation_size", validation_size), ("test_size", test_size)):
+        if not 0 <= size < math.inf:  # which nan is not, either
+            raise UsageError(f"data.{name} must be a number of samples or a share of them, 0 or more, got {size}.")
 
 
 def _digest(pair: Pair) -> bytes:

@@ -1,5 +1,6 @@
 """Which samples make up an optimizer step, and which rank gets which of them."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -75,7 +76,7 @@ class StepSampler(DistributedSampler):
                 yield from share + [FILLER] * fill
 
     def _steps(self) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, self.epoch))
         count = len(self.lengths)
         step_size = self.step_size if isinstance(self.step_size, int) else self.step_size(self.epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
@@ -88,3 +89,8 @@ class StepSampler(DistributedSampler):
             full = len(steps) - (len(steps[-1]) < step_size)
             steps = [steps[index] for index in torch.randperm(full, generator=generator)] + steps[full:]
         return steps
+
+
+def _seed_of(seed: int, epoch: int) -> int:
+    """Their sum would give the second epoch of one seed the order of the first epoch of the next."""
+    return int.from_bytes(hashlib.sha256(f"{seed}, {epoch}".encode()).digest()[:8], "big")

@@ -17,7 +17,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
-from akl_lightning.parallel import gather_objects
+from akl_lightning.parallel import ending_together, gather_objects
 
 Record = dict[str, Any]
 """``instruction``, ``input``, ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at
@@ -66,30 +66,37 @@ class AnswerFile:
         Raises:
             UsageError: the file cannot be read or written, is being written, or holds answers of other settings.
         """
-        with self._explained():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(self.path.parent)
-            if trainer.local_rank == 0:
-                try:
-                    self._lock.acquire()
-                except Timeout as error:
-                    raise UsageError(
-                        f"another run is writing answers to {self.path}: wait for it, or give another path."
-                    ) from error
-            found = [record for file in (self.path, *self._parts()) if file.exists() for record in _read(file)]
-        for record in found:
-            differing = [name for name in _SETTINGS if record.get(name) != self.settings[name]]
-            if differing:
-                self._lock.release()
-                said = " and ".join(f"{name} {record.get(name)} (now {self.settings[name]})" for name in differing)
-                raise UsageError(f"{self.path} holds answers with {said}: give another path.")
-        trainer.strategy.barrier("nobody writes before all have read")
-        with self._explained():
-            self._part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}").open("a", encoding="utf-8")
-            self._part.write("\n")  # after a line that a kill has cut off
+        try:
+            with ending_together(trainer), self._explained():
+                found = self._look(trainer)
+            # Nobody writes before all have read.
+            with ending_together(trainer), self._explained():
+                part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}")
+                self._part = part.open("a", encoding="utf-8")
+                self._part.write("\n")  # after a line that a kill has cut off
+        except BaseException:
+            self._lock.release()
+            raise
         # The ranks of a node have read the same files.
         nodes = gather_objects(trainer, found if trainer.local_rank == 0 else [])
         self._keep(record for records in nodes for record in records)
+
+    def _look(self, trainer: Trainer) -> list[Record]:
+        check_writable(self.path.parent)
+        if trainer.local_rank == 0:
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise UsageError(
+                    f"another run is writing answers to {self.path}: wait for it, or give another path."
+                ) from error
+        found = [record for file in (self.path, *self._parts()) if file.exists() for record in _read(file)]
+        for record in found:
+            differing = [name for name in _SETTINGS if record.get(name) != self.settings[name]]
+            if differing:
+                said = " and ".join(f"{name} {record.get(name)} (now {self.settings[name]})" for name in differing)
+                raise UsageError(f"{self.path} holds answers with {said}: give another path.")
+        return found
 
     def answer(
         self,
@@ -114,6 +121,7 @@ class AnswerFile:
         """
         rows = {index: data.splits[split][index] for index in indices if index != FILLER}
         self._seen |= dict.fromkeys(rows)
+        mistake: UsageError | None = None
         for seed in self.decoding.seeds or (None,):
             missing = {i: row for i, row in rows.items() if (row["prompt"], seed) not in self._records}
             if together and trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
@@ -141,10 +149,17 @@ class AnswerFile:
             ]
             self._keep(records)
             self._new += records
-            with self._explained():
-                self._part.writelines(_line(record) for record in records)
-                self._part.flush()
-                os.fsync(self._part.fileno())
+            try:
+                with self._explained():
+                    self._part.writelines(_line(record) for record in records)
+                    self._part.flush()
+                    os.fsync(self._part.fileno())
+            except UsageError as error:
+                mistake = error
+        # Every rank comes here, however many of its prompts had an answer.
+        with ending_together(trainer):
+            if mistake is not None:
+                raise mistake
 
     def close(self, trainer: Trainer, data: InstructionDataModule, split: str) -> list[list[Record]]:
         """Make one file of the processes' own. Called on every rank.
@@ -167,11 +182,11 @@ class AnswerFile:
         ]
         written = {(record["prompt"], record["seed"]) for group in groups for record in group}
         others = [record for key, record in self._records.items() if key not in written]  # of an earlier run
-        if trainer.is_global_zero:
-            unique = {(record["prompt"], record["seed"]): record for group in [*groups, others] for record in group}
-            with self._explained(), atomic_file(self.path) as file, file.open("w", encoding="utf-8") as lines:
-                lines.writelines(_line(record) for record in unique.values())
-        trainer.strategy.barrier("the answers are one file")
+        with ending_together(trainer), self._explained():
+            if trainer.is_global_zero:
+                unique = {(record["prompt"], record["seed"]): record for group in [*groups, others] for record in group}
+                with atomic_file(self.path) as file, file.open("w", encoding="utf-8") as lines:
+                    lines.writelines(_line(record) for record in unique.values())
         if trainer.local_rank == 0:
             for part in self._parts():
                 part.unlink(missing_ok=True)

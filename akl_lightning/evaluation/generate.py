@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.batch import Batch
+from akl_lightning.checkpoint import check_writable
 from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -21,7 +22,7 @@ from akl_lightning.evaluation.rouge import rouge_l
 from akl_lightning.models.load import Precision
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
-from akl_lightning.parallel import data_parallel_mesh
+from akl_lightning.parallel import data_parallel_mesh, ending_together
 from akl_lightning.teachers.fingerprint import digest, weights_digest
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -154,7 +155,9 @@ class AnswerWriter(LightningModule):
         self.decoding = decoding
 
     def setup(self, stage: str) -> None:
-        """Check that prompts and answers fit the model."""
+        """Check that there is a place for the answers, and that they fit the model with their prompts."""
+        with ending_together(self.trainer):
+            check_writable(self.path.parent)
         data = _data(self.trainer)
         if self._tokenizer is not None:
             check_same_vocabulary(self._tokenizer, data.tokenizer, ("model", "data"))

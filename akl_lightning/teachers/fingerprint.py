@@ -25,7 +25,7 @@ def weights_digest(model: nn.Module) -> str:
     total = hashlib.sha256()
     quiet = getattr(rank_zero_only, "rank", 0) != 0
     tensors = sorted(model.state_dict().items())
-    for name, tensor in tqdm(tensors, desc="Digest of the weights", leave=False, disable=quiet):
+    for name, tensor in tqdm(tensors, desc="Digest of the weights", leave=False, disable=quiet, delay=1):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
         total.update(content.numpy().data)

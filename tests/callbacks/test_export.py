@@ -18,7 +18,7 @@ from akl_lightning.divergences import AdaptiveKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from tests.conftest import QUIET, gpt2
-from tests.test_module import Bigram
+from tests.test_module import Bigram, loader, samples, stack
 
 
 def fit(
@@ -142,3 +142,24 @@ def test_misuse_is_reported_before_training(
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error == f"error: cannot write to {folder}: {reason}; choose another folder."
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "checkpoints").exists()
+
+
+def test_without_a_tokenizer_it_says_so_and_one_can_be_given(
+    data: InstructionDataModule, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """A model given as a module and a DataLoader of one's own: nothing says which tokenizer they have."""
+
+    def run(export: StudentExport, student: int = 300) -> None:
+        module = DistillationModule(gpt2(16, student), gpt2(24, student))
+        Trainer(**QUIET, max_steps=1, callbacks=[export]).fit(module, loader([stack(samples())]))
+
+    with pytest.warns(UserWarning, match=r"finds no tokenizer.*Give StudentExport\(tokenizer=...\)"):
+        run(StudentExport(str(tmp_path / "without")))
+    assert not (tmp_path / "without/tokenizer.json").exists()
+    for name, given in (("folder", tokenizer_folder), ("object", data.tokenizer)):
+        run(StudentExport(str(tmp_path / name), tokenizer=given))
+        assert AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() == data.tokenizer.get_vocab()
+    with pytest.raises(UsageError, match="the student has no output for the token"):
+        run(StudentExport(str(tmp_path / "small"), tokenizer=tokenizer_folder), student=299)
+    with pytest.raises(UsageError, match="cannot load the tokenizer"):
+        StudentExport(tokenizer=str(tmp_path / "nowhere"))

@@ -70,6 +70,22 @@ def test_without_a_teacher_there_is_no_weight(data: InstructionDataModule) -> No
     assert list(bar.seen[-1]) == ["loss", "tokens/s"]
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_steps": 2}, "Epoch 0 "),
+        ({"max_epochs": -1, "max_steps": 2}, "Epoch 0 "),
+        ({"max_epochs": 1}, "Epoch 0/0 "),
+    ],
+)
+def test_a_run_that_its_steps_end_has_no_number_of_epochs(
+    data: InstructionDataModule, capsys: pytest.CaptureFixture[str], limits: dict[str, int], said: str
+) -> None:
+    Trainer(**LOUD, **limits, callbacks=[DistillationProgressBar()]).fit(DistillationModule(gpt2(16), gpt2(24)), data)
+    drawn = capsys.readouterr().out
+    assert said in drawn and "/-2" not in drawn
+
+
 def test_the_speed_does_not_count_validation(data: InstructionDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -38,6 +38,7 @@ def test_models_before_and_results_after(
     assert f"teacher GPT2LMHeadModel {sizes[0]:,} 0 (frozen)" in output
     assert f"student GPT2LMHeadModel {sizes[1]:,} {trained:,}" in output
     assert f"compression ratio {sizes[0] / sizes[1]:.2f}: the teacher's parameters by the student's" in output
+    assert "[bold]" not in output, "markup that is shown as it is"
     assert "Trained 2 epochs, 14 optimizer steps, in 0:00:0" in output
     for figure in ("loss", "divergence", "head error", "tail error", "head weight"):
         name = figure.replace(" ", "_")

@@ -67,6 +67,34 @@ def test_long_prompts_are_dropped_and_long_responses_cut(tokenizer, tmp_path: Pa
     assert max(data.splits["train"]["length"]) == 20
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ nothing.at_all }}", "'nothing' is undefined"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_sentence(tokenizer, corpus: str, template: str, reason: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=rf"the tokenizer's chat template fails on the prompt 'Say one' \(.*{reason}"):
+        InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
+    tokenizer.chat_template = "{% if 'two' in messages[0].content %}{{ raise_exception('no twos') }}{% endif %}"
+    with pytest.raises(UsageError, match=r"fails on the prompt 'Say two 1' \(no twos\)"):
+        InstructionDataModule(tokenizer, JsonLines(corpus), template="chat").setup("fit")
+
+
+def test_a_cache_that_cannot_be_made_is_one_sentence(
+    tokenizer, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(UsageError, match=r"cannot write to .*akl_lightning: Not a directory; choose another folder"):
+        InstructionDataModule(tokenizer, JsonLines(corpus)).setup("fit")
+
+
 def test_chat_template(tokenizer, corpus: str) -> None:
     with pytest.raises(UsageError, match="no chat template"):
         InstructionDataModule(tokenizer, JsonLines(corpus), template="chat")
@@ -183,6 +211,18 @@ def test_alpaca_template() -> None:
     assert render("alpaca", "Add.", "1 2").endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     assert "### Input" not in render("alpaca", "Add.")
     assert render("Q: {instruction} {input}\nA:", "Add.", "1") == "Q: Add. 1\nA:"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("validation_size", -1), ("test_size", -0.1), ("validation_size", float("nan")), ("num_workers", -1)],
+)
+def test_sizes_below_zero_are_refused_before_any_work(tokenizer, corpus: str, setting: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"data\.{setting} must be .*0 or more, got {value}"):
+        InstructionDataModule(tokenizer, JsonLines(corpus), **{setting: value})
+    if setting == "validation_size":
+        with pytest.raises(UsageError, match=r"data\.validation_size must be a number"):
+            split_pairs({"train": [Pair("a", "b")]}, value, 0)
 
 
 FIND = """

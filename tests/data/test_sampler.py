@@ -50,6 +50,16 @@ def test_epochs_differ_and_repeat() -> None:
     assert list(sampler) == first
 
 
+def test_no_epoch_of_a_seed_has_the_order_of_an_epoch_of_another() -> None:
+    orders = set()
+    for seed in range(-2, 6):
+        for epoch in range(6):
+            sampler = StepSampler(range(100), 4, 4, seed=seed)
+            sampler.set_epoch(epoch)
+            orders.add(tuple(sampler))
+    assert len(orders) == 8 * 6
+
+
 def test_grouping_saves_padding() -> None:
     lengths = [1 + (37 * i) % 101 for i in range(640)]
 

@@ -147,20 +147,24 @@ def wait_until(output: Path, where: str, process: ForkServerProcess) -> None:
         time.sleep(0.002)
 
 
+ASKED = {"asked": signal.SIGTERM, "interrupted": signal.SIGINT}
+
+
 def test_killed_in_a_validation_asked_to_end_killed_in_an_open_checkpoint_and_in_a_step(
     folder: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    waiting = ["validation", "asked", "checkpoint", "step"]
-    for _ in range(12):  # a busy machine may let the moment pass
+    waiting = ["validation", "asked", "checkpoint", "interrupted", "step"]
+    for _ in range(15):  # a busy machine may let the moment pass
         if not waiting:
             break
         where = waiting[0]
         process = start(folder, tmp_path, pace=0.1, ckpt_path=last(tmp_path))
-        wait_until(tmp_path, "step" if where == "asked" else where, process)
-        if where == "asked":
-            process.terminate()
+        wait_until(tmp_path, "step" if where in ASKED else where, process)
+        if where in ASKED:
+            assert process.pid is not None
+            os.kill(process.pid, ASKED[where])
             errors = finish(process, tmp_path)
-            assert process.exitcode == 128 + signal.SIGTERM, errors
+            assert process.exitcode == 128 + ASKED[where], errors
             assert "stopped as asked after optimizer step" in errors and "Traceback" not in errors
         else:
             process.kill()
@@ -175,6 +179,26 @@ def test_killed_in_a_validation_asked_to_end_killed_in_an_open_checkpoint_and_in
     errors = finish(process, tmp_path)
     assert process.exitcode == 0, errors
     same(tmp_path, undisturbed)
+
+
+def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path) -> None:
+    process = start(folder, tmp_path, pace=20.0)
+    wait_until(tmp_path, "validation", process)  # the sanity check's, in which the Trainer's own way holds
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    errors = finish(process, tmp_path, timeout=15)
+    assert process.exitcode == 130 and "Traceback" not in errors
+    process = start(folder, tmp_path, pace=20.0, trainer={"max_epochs": 1, "num_sanity_val_steps": 0})
+    wait_until(tmp_path, "step", process)
+    os.kill(process.pid or 0, signal.SIGINT)
+    deadline = time.monotonic() + 15
+    while "Ctrl-C again ends at once" not in (tmp_path / "errors").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.is_alive()
+    os.kill(process.pid or 0, signal.SIGINT)
+    errors = finish(process, tmp_path, timeout=15)
+    assert process.exitcode == 130 and "Traceback" not in errors, errors
+    assert not (tmp_path / "checkpoints/last.ckpt").exists()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from akl_lightning.evaluation.answers import read_answers
 from tests.commands.start import python
+from tests.end_to_end import terminal
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -62,8 +63,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> str:
-    return run(folder, program=sys.executable)
+def screen(folder: Path) -> terminal.Screen:
+    """What the first command, cut down, leaves on a terminal of 80 columns."""
+    settings = [part for name, value in SMALL.items() for part in (name, value)]
+    command = [sys.executable, str(RECIPES / "gpt2_distill.py"), *settings]
+    code, screen = terminal.run(command, folder, {**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert code == 0, "\n".join(screen.rows()[-60:])
+    return screen
+
+
+@pytest.fixture(scope="module")
+def first(screen: terminal.Screen) -> str:
+    return "\n".join(screen.lines())
+
+
+@ONE_AFTER_ANOTHER
+def test_the_screen_of_the_first_run_can_be_read(screen: terminal.Screen) -> None:
+    rows = screen.rows()
+    shown = "\n".join(rows)
+    assert not re.search(r"\[/?(bold|b|i|red|green|blue|dim|cyan|magenta|#\w+)\b[^]]*\]", shown), "markup"
+    assert "/-2" not in shown and "\x1b" not in shown and "�" not in shown and "Traceback" not in shown
+    # Whatever is drawn again is drawn in its place: an epoch's bar stays on the screen once at most.
+    for bar in ("Epoch ", "Validation ", "Sanity Checking", "Reading docstrings", "Tokenizing "):
+        assert sum(row.startswith(bar) for row in rows) <= 3, bar
+    assert any(row.startswith("Trained 2 epochs") for row in rows)
+    (heading,) = [number for number, row in enumerate(rows) if row.startswith("Held-out split: nats and gaps")]
+    table = rows[heading : heading + 9]
+    assert all(any(row.strip().startswith(name) for row in table) for name in ("student before", "teacher"))
+    assert not any("…" in row for row in table), "cut off"
 
 
 def figures(run: Path) -> dict[str, dict[str, float]]:
@@ -132,10 +159,13 @@ def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first:
 
 @ONE_AFTER_ANOTHER
 def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
-    output = run(folder, "--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt", **{"--trainer.max_epochs": "3"})
+    rate = {"--model.optimizer.init_args.lr": "1e-5"}
+    given = ("--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt")
+    output = run(folder, *given, **{"--trainer.max_epochs": "3", **rate})
     assert "Restored all states from the checkpoint" in output
     checkpoint = torch.load(folder / "runs/gpt2_distill/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 2
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [1e-5], "what is asked for now"
     assert "student-v1" in output  # the export of the shorter run is left alone
 
 

@@ -1,6 +1,5 @@
 """Write a teacher's cache with the Trainer, on whatever devices it has."""
 
-import json
 import shutil
 import time
 from itertools import chain
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -19,25 +18,21 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from akl_lightning.batch import Batch, response_of
-from akl_lightning.checkpoint import atomic_file
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
-from akl_lightning.parallel import data_parallel_mesh, gather_objects
+from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.cache.codecs import find_codec
+from akl_lightning.teachers.cache.folder import begin, check_is_cache, check_same, reserve, write_file, write_manifest
 from akl_lightning.teachers.cache.format import (
     FORMAT,
     HEAD,
-    MANIFEST,
     as_words,
     file_digest,
-    identity,
-    manifest_checksum,
     open_shard,
-    read_manifest,
     sample_digests,
     shard_entry,
     shard_name,
@@ -114,13 +109,18 @@ class CacheWriter(LightningModule):
         self._counts: list[int] = []
         self._parts: list[dict[str, Tensor]] = []
         self._tokens = 0
+        self._mistake: Exception | None = None  # of this rank's work
+        with ending_together(self.trainer):
+            check_is_cache(self.path)
+            if self.trainer.is_global_zero:
+                self._lock = reserve(self.path)
         # Where the strategy shards, no rank ever holds the whole of it.
         self.teacher.load(data_parallel_mesh(self.trainer.strategy))
         head = self._describe()
-        self._check_folder()
-        if self.trainer.is_global_zero:
-            self._reserve_folder(head)
-        self.trainer.strategy.barrier("the folder is there")
+        with ending_together(self.trainer):
+            check_same(self.path, self._manifest)
+            if self.trainer.is_global_zero:
+                begin(self.path, self._manifest, head)
         self._take_complete_shards()
         self.trainer.strategy.barrier("nobody writes before all have looked")
         if self.trainer.progress_bar_callback is not None:  # ours counts tokens
@@ -191,34 +191,6 @@ class CacheWriter(LightningModule):
         assert isinstance(logits, Tensor | Projection)
         return logits
 
-    def _check_folder(self) -> None:
-        """A cache may lie there, if it is one of the same teacher, tokenizer, template and codec."""
-        if (self.path / MANIFEST).exists():
-            theirs, ours = identity(read_manifest(self.path)), identity(self._manifest)
-            differing = [name for name in theirs | ours if theirs.get(name, ("",))[0] != ours.get(name, ("",))[0]]
-            if differing:
-                said = " and ".join(
-                    f"{name} ({theirs.get(name, ('', 'none'))[1]} there, {ours.get(name, ('', 'none'))[1]} here)"
-                    for name in differing
-                )
-                raise UsageError(f"the cache in {self.path} has another {said}: give another path.")
-        elif self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
-            raise UsageError(f"{self.path} is not empty and no teacher's cache: give another path.")
-
-    def _reserve_folder(self, head: bytes) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UsageError(f"another run is writing to {self.path}: wait for it, or give another path.") from error
-        for leftover in self.path.glob(".*.safetensors.*"):  # of a run that was killed in the middle of a shard
-            leftover.unlink()
-        if not (self.path / MANIFEST).exists():
-            self._write_manifest(self._manifest)
-        if head and not ((self.path / HEAD).exists() and file_digest(self.path / HEAD) == digest(head)):
-            self._write(HEAD, head)
-
     def _take_complete_shards(self) -> None:
         """Check every shard that is there, the ranks sharing them out; a damaged one is removed and written again."""
         trainer = self.trainer
@@ -251,8 +223,11 @@ class CacheWriter(LightningModule):
             f"{len(self._known):,} samples are there; {_said(size)} at {self._bytes_per_token:,} bytes a token"
             + (f", and {_said(head['bytes'])} for the output layer" if head else "")
         )
-        if size > (free := shutil.disk_usage(self.path).free):
-            raise UsageError(f"{_said(size)} do not fit on the disk of {self.path}, {_said(free)} are free: make room.")
+        with ending_together(self.trainer):
+            if size > (free := shutil.disk_usage(self.path).free):
+                raise UsageError(
+                    f"{_said(size)} do not fit on the disk of {self.path}, {_said(free)} are free: make room."
+                )
         show = shows_progress(self.trainer)
         self._bar = tqdm(total=tokens, desc="Teacher", unit="token", unit_scale=True, disable=not show)
         self._start, self._done = time.perf_counter(), 0
@@ -294,6 +269,18 @@ class CacheWriter(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> int:
         """Encode the samples of a batch that no shard holds yet; the number of their response tokens."""
+        if self._mistake is not None and not self._together:
+            return 0
+        try:
+            return self._cache(batch)
+        except UsageError as error:
+            # The others are told when they are through, with what they have written kept: each has batches of its own.
+            self._mistake = error
+            if self.trainer.world_size == 1:
+                raise
+            return 0
+
+    def _cache(self, batch: Batch) -> int:
         positions, digests = batch["cached"]
         counts = tokens_per_sample(batch, positions)
         rows = []
@@ -347,32 +334,38 @@ class CacheWriter(LightningModule):
         tensors["offsets"] = torch.tensor([0, *np.cumsum(self._counts).tolist()])
         content = save(tensors)
         checksum = digest(content)
-        self._write(shard_name(checksum), content)
+        write_file(self.path / shard_name(checksum), content)
         self._written.append(shard_entry(self.path / shard_name(checksum), checksum, len(self._digests), self._tokens))
         self._digests, self._counts, self._parts, self._tokens = [], [], [], 0
 
     def on_predict_end(self) -> None:
         """Write the last shard, and the manifest that makes the cache a finished one."""
-        self._flush()
+        with ending_together(self.trainer):
+            if self._mistake is not None:
+                raise self._mistake
+            self._flush()
         shards = [*self._complete, *chain.from_iterable(gather_objects(self.trainer, self._written))]
         done = sum(gather_objects(self.trainer, self._done))
         seconds = time.perf_counter() - self._start
         self._bar.close()
-        if self.trainer.is_global_zero:
-            shards.sort(key=lambda entry: entry["file"])
-            words = np.concatenate([open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
-            unique = np.unique(words, axis=0)
-            self._manifest["data"] |= {
-                "samples": len(unique),
-                "tokens": sum(entry["tokens"] for entry in shards),
-                "digest": digest(unique.tobytes()),
-            }
-            self._write_manifest({**self._manifest, "complete": True, "shards": shards})
+        with ending_together(self.trainer):
+            if self.trainer.is_global_zero:
+                self._finish(shards)
         rank_zero_info(
             f"Teacher's cache {self.path}: {done:,} tokens written in {seconds:,.0f} s, {done / seconds:,.0f} a "
             f"second; {len(shards)} shards of {_said(sum(entry['bytes'] for entry in shards))}"
         )
-        self.trainer.strategy.barrier("the manifest is there")
+
+    def _finish(self, shards: list[dict[str, Any]]) -> None:
+        shards.sort(key=lambda entry: entry["file"])
+        words = np.concatenate([open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
+        unique = np.unique(words, axis=0)
+        self._manifest["data"] |= {
+            "samples": len(unique),
+            "tokens": sum(entry["tokens"] for entry in shards),
+            "digest": digest(unique.tobytes()),
+        }
+        write_manifest(self.path, {**self._manifest, "complete": True, "shards": shards})
 
     def close(self) -> None:
         """Let another run have the folder, and messages a line of their own."""
@@ -381,20 +374,6 @@ class CacheWriter(LightningModule):
             self._lock.release()
 
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        sealed = {**manifest, "checksum": manifest_checksum(manifest)}
-        self._write(MANIFEST, json.dumps(sealed, indent=2).encode())
-
-    def _write(self, name: str, content: bytes) -> None:
-        try:
-            with atomic_file(self.path / name) as file:
-                file.write_bytes(content)
-        except OSError as error:
-            raise UsageError(
-                f"cannot write {self.path / name} ({error.strerror}): make room and run the same command again, it "
-                "goes on behind the last complete shard."
-            ) from error
 
 
 def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
