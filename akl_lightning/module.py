@@ -247,8 +247,8 @@ class DistillationModule(LightningModule):
                 entry; the teacher's cache lacks a sample.
         """
         response = response_of(batch, self.criterion)
-        check_batch(self, batch)
         self.student.check_inputs(batch, "student")
+        check_batch(self, batch)
         prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
