@@ -18,11 +18,12 @@ class Screen:
     """A terminal of so many columns, with all that has been scrolled out of it.
 
     >>> screen = Screen(4)
-    >>> screen.feed("abcdef\\r\\nx\\r\\n\\x1b[2A\\x1b[2K\\rnew")
+    >>> screen.feed("abcdef\\r\\nx\\r\\n")
+    >>> screen.rows(), screen.lines()
+    (['abcd', 'ef', 'x', ''], ['abcdef', 'x', ''])
+    >>> screen.feed("\\x1b[1A\\x1b[2K\\rnew")
     >>> screen.rows()
-    ['abcd', 'new', 'x', '']
-    >>> screen.lines()
-    ['abcdnew', 'x', '']
+    ['abcd', 'ef', 'new', '']
     """
 
     def __init__(self, columns: int = 80) -> None:
