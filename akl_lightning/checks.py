@@ -1,5 +1,6 @@
 """Do student, teacher, data and Trainer fit together? Asked before any work."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,14 @@ def check_callbacks(trainer: Trainer) -> None:
                 f"{type(callback).__name__} compares the summed losses of batches, which samples grouped by length set "
                 "far apart: set data.group_by_length to false while it searches."
             )
+
+
+def leave_out_what_does_not_apply(trainer: Trainer) -> None:
+    """Keep warnings of Lightning from the user that do not hold here."""
+    if trainer.world_size > 1:  # torchmetrics has averaged over ranks what Lightning would like to
+        warnings.filterwarnings("ignore", message=r".*self\.log\('(train|val|test)/.*sync_dist=True")
+    # A data module need not have that hook.
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule` but")
 
 
 def check_run(module: "DistillationModule", stage: str) -> None:
@@ -85,7 +94,8 @@ def check_batch(module: "DistillationModule", batch: Batch) -> None:
     """
     ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
     shapes = [tuple(tensor.shape) for tensor in (ids, mask, labels)]
-    if len(shapes[0]) != 2 or len(set(shapes)) > 1 or any(tensor.is_floating_point() for tensor in (ids, labels)):
+    odd = len(shapes[0]) != 2 or shapes[2] != shapes[0] or (mask.dim() == 2 and shapes[1] != shapes[0])
+    if odd or any(tensor.is_floating_point() for tensor in (ids, labels)):
         raise UsageError(
             f"the batch's input_ids, attention_mask and labels are {shapes[0]}, {shapes[1]} and {shapes[2]}, of "
             f"{ids.dtype} and {labels.dtype}: let them be integers of one shape, [batch, length]."

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from akl_lightning.compat import evaluated_loaders
 from akl_lightning.criterion import STATISTICS
 
 
@@ -98,6 +99,13 @@ def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = Fa
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
 
+def add_metrics(module: Any, with_teacher: bool, with_router: bool) -> None:
+    """Give a module ``train_metrics``, ``val_metrics`` and ``test_metrics``, and a place for those of further sets."""
+    for stage in ("train", "val", "test"):
+        module.add_module(f"{stage}_metrics", distillation_metrics(f"{stage}/", with_teacher, with_router))
+    module.further_metrics = nn.ModuleDict({stage: nn.ModuleList() for stage in ("val", "test")})
+
+
 def names_of_sets(loaders: Any) -> list[str]:
     """What several sets of samples are called that are evaluated one after another: by key, or by number from 0.
 
@@ -124,8 +132,9 @@ def metrics_of_set(module: Any, stage: str, number: int) -> MetricCollection:
     return further[number - 1] if number else first
 
 
-def log_sets(module: Any, stage: str, names: list[str]) -> None:
+def log_sets(module: Any, stage: str) -> None:
     """Log each of several sets of samples under its name, and the first as if it were alone."""
+    names = names_of_sets(evaluated_loaders(module.trainer))
     for number, name in enumerate(names or [""]):
         means = log_means(module, metrics_of_set(module, stage, number), log=number == 0)
         if names:

@@ -1,6 +1,5 @@
 """The LightningModule that users run or subclass."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,21 +11,20 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.batch import KEYS, Batch, response_of
 from akl_lightning.checkpoint import AtomicCheckpointIO
-from akl_lightning.checks import check_batch, check_callbacks, check_run
-from akl_lightning.compat import evaluated_loaders, trainer_of
+from akl_lightning.checks import check_batch, check_callbacks, check_run, leave_out_what_does_not_apply
+from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
-from akl_lightning.metrics import distillation_metrics, log_means, log_sets, metrics_of_set, names_of_sets
+from akl_lightning.metrics import add_metrics, log_means, log_sets, metrics_of_set
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.load import Precision, load_causal_lm
 from akl_lightning.models.lora import LoraSettings, add_lora
@@ -34,13 +32,10 @@ from akl_lightning.models.packing import pack
 from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.optimization import make_optimizer
-from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
+from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_module
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
-from akl_lightning.teachers.base import Teacher
-from akl_lightning.teachers.cache.format import CACHE_PREFIX
-from akl_lightning.teachers.cache.reader import CachedTeacher
-from akl_lightning.teachers.live import LiveTeacher
+from akl_lightning.teachers.build import build_teacher, is_cache
 from akl_lightning.token_mean import StepMean, with_router_loss
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -60,9 +55,8 @@ class DistillationModule(LightningModule):
     weighs it, times the response tokens of a micro-batch, and logged as ``router_loss``; it alone depends on how
     samples are split into micro-batches.
 
-    Several sets of validation or test samples, a list or mapping of loaders, are each logged under their own name,
-    ``val/NAME/...``, a mapping's key or a list's number from 0; the first of them as ``val/...``, too, so that
-    ``monitor`` finds it.
+    Several sets of validation or test samples, a list or mapping of loaders, are each logged under their own name, as
+    ``val/NAME/...`` (a mapping's key, a list's number from 0); the first as ``val/...``, too, where ``monitor`` looks.
 
     Lightning's own callbacks and tools work with it, but for these: averages of weights (SWA, EMA) are not taken of a
     sharded student, the learning-rate finder compares summed losses and so wants samples that are not grouped by
@@ -128,8 +122,7 @@ class DistillationModule(LightningModule):
             self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
-        cached = isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
-        models = {"teacher": None if cached else teacher, "student": student}
+        models = {"teacher": None if is_cache(teacher) else teacher, "student": student}
         self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
@@ -139,27 +132,13 @@ class DistillationModule(LightningModule):
             self.student.checkpoint_activations()
         if compile:
             self.student.compile_body()
-        self.teacher: Teacher | None = None
-        if isinstance(teacher, str) and cached:
-            self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
-        elif teacher is not None:
-            self.teacher = LiveTeacher(
-                teacher,
-                trust_remote_code,
-                precision=teacher_precision,
-                attn_implementation=attn_implementation,
-                packing=packing,
-            )
+        self.teacher = build_teacher(teacher, trust_remote_code, teacher_precision, attn_implementation, packing)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
         self.max_new_tokens = max_new_tokens
-        for stage in ("train", "val", "test"):
-            metrics = distillation_metrics(f"{stage}/", teacher is not None, self.student.has_router_loss)
-            self.add_module(f"{stage}_metrics", metrics)
-        # Of the second and further sets of samples that are evaluated one after another.
-        self.further_metrics = nn.ModuleDict({stage: nn.ModuleList() for stage in ("val", "test")})
+        add_metrics(self, teacher is not None, self.student.has_router_loss)
         self.lr: float | None = None
         """Learning rate of all parameter groups in place of the optimizer's own, or None; Lightning's finder sets it. A
         subclass that overrides :meth:`configure_optimizers` reads it there."""
@@ -188,10 +167,7 @@ class DistillationModule(LightningModule):
             self.resume.forget()
             self.stop_requested = self.stop_agreed = False
             self.train_metrics.reset()
-        if self.trainer.world_size > 1:  # torchmetrics has averaged over ranks what Lightning would like to
-            warnings.filterwarnings("ignore", message=r".*self\.log\('(train|val|test)/.*sync_dist=True")
-        # A data module need not have that hook.
-        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule` but")
+        leave_out_what_does_not_apply(self.trainer)
 
     # No property named tokenizer, which subclasses like to set.
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -211,13 +187,8 @@ class DistillationModule(LightningModule):
         mesh = data_parallel_mesh(strategy)
         if self.teacher is not None and not (trainer and trainer.predicting):
             self.teacher.load(mesh)
-        if isinstance(strategy, FSDPStrategy):  # which wraps the module itself
-            strategy.kwargs.setdefault("auto_wrap_policy", wrapping_policy(self.student.model))
-        elif mesh is not None and not isinstance(self, FSDPModule):
-            shard(self, mesh, self.student.model, getattr(strategy, "param_dtype", None))
-            methods = ("training_step", "validation_step", "test_step", "predict_step", "generate", "distributions")
-            for step in methods:
-                register_fsdp_forward_method(self, step)
+        steps = ("training_step", "validation_step", "test_step", "predict_step", "generate", "distributions")
+        shard_module(self, self.student.model, strategy, mesh, steps)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Steps
@@ -247,8 +218,8 @@ class DistillationModule(LightningModule):
                 entry; the teacher's cache lacks a sample.
         """
         response = response_of(batch, self.criterion)
-        self.student.check_inputs(batch, "student")
         check_batch(self, batch)
+        self.student.check_inputs(batch, "student")
         prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
@@ -290,17 +261,14 @@ class DistillationModule(LightningModule):
     def distributions(self, batch: Batch, tokens: slice) -> tuple[Tensor, Tensor]:
         """Student's and teacher's distributions at a few response positions, softened as the criterion's, to look at.
 
-        Only these tokens are projected onto the vocabulary. Every rank has to call it where models are sharded.
+        Every rank has to call it where models are sharded.
 
         Args:
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, as for training.
-            tokens: which of the batch's response tokens.
+            batch: as for training.
+            tokens: which of its response tokens; only these are projected onto the vocabulary.
 
         Returns:
             Probabilities of student and teacher, each ``[tokens, vocab]``, cut to the common vocabulary.
-
-        Raises:
-            UsageError: no teacher.
         """
         if self.teacher is None:
             raise UsageError("the module has no teacher: give it one to compare the student with.")
@@ -337,9 +305,8 @@ class DistillationModule(LightningModule):
     def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         """The student's answers; see :meth:`~akl_lightning.models.split.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
-        return self.student.generate(
-            prompts, self.find_tokenizer(), **arguments, synced_gpus=isinstance(self, FSDPModule)
-        )
+        together = isinstance(self, FSDPModule)
+        return self.student.generate(prompts, self.find_tokenizer(), **arguments, synced_gpus=together)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count nothing of a batch for which :meth:`training_step` has returned None."""
@@ -353,12 +320,12 @@ class DistillationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
-        log_sets(self, "val", names_of_sets(evaluated_loaders(self.trainer)))
+        log_sets(self, "val")
         self._release()
 
     def on_test_epoch_end(self) -> None:
         """Log the test means."""
-        log_sets(self, "test", names_of_sets(evaluated_loaders(self.trainer)))
+        log_sets(self, "test")
         self._release()
 
     def on_predict_epoch_end(self) -> None:
@@ -371,7 +338,7 @@ class DistillationModule(LightningModule):
             self.reshard()
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Optimization
+    # Optimization and checkpoints
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its schedule.
@@ -407,14 +374,7 @@ class DistillationModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, by the norm over all shards under FSDP too."""
-        by_norm = gradient_clip_val is not None and gradient_clip_algorithm in (None, "norm")
-        if by_norm and isinstance(self.trainer.strategy, FSDPStrategy):  # whose precision plugin refuses it
-            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[operator, union-attr]
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Checkpoints
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         """Get ready for what is restored next."""
@@ -426,14 +386,9 @@ class DistillationModule(LightningModule):
         self.resume.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the epoch's means; random numbers wait until training starts.
-
-        Raises:
-            UsageError: the checkpoint is of another student, or of a run with the cache of another teacher.
-        """
-        trainer = trainer_of(self)
+        """Take up the epoch's means, unless the checkpoint is of others; random numbers wait until training starts."""
         self.resume.check(checkpoint)
-        if trainer is not None and trainer.state.fn == "fit":
+        if (trainer := trainer_of(self)) is not None and trainer.state.fn == "fit":
             self.resume.load(checkpoint)
 
     def on_train_start(self) -> None:
@@ -442,11 +397,7 @@ class DistillationModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As Lightning's, but what a checkpoint holds is not run unless ``weights_only=False`` is given.
-
-        Raises:
-            UsageError: a damaged file, of which an older good one is named; a model that has moved.
-        """
+        """As Lightning's, but what a checkpoint holds is not run unless ``weights_only=False`` is given."""
         if isinstance(checkpoint_path, str | Path):
             AtomicCheckpointIO().load_checkpoint(checkpoint_path, weights_only=weights_only)
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -189,6 +189,41 @@ def check_no_averages(trainer: Trainer) -> None:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             name = type(callback).__name__
             raise UsageError(f"{name} cannot average a sharded student: use the strategy ddp, or remove it.")
+
+
+def shard_module(
+    module: LightningModule,
+    language_model: nn.Module,
+    strategy: Strategy | None,
+    mesh: DeviceMesh | None,
+    steps: Sequence[str],
+) -> None:
+    """Shard a module as its strategy does, in place; nothing where it does not, or where it is sharded already.
+
+    Args:
+        module: what is trained.
+        language_model: the part of it that may have decoder layers.
+        strategy: of the Trainer.
+        mesh: its devices, see :func:`data_parallel_mesh`.
+        steps: names of the methods that need the parameters at hand, as ``forward`` does.
+    """
+    if isinstance(strategy, FSDPStrategy):  # which wraps the module itself
+        strategy.kwargs.setdefault("auto_wrap_policy", wrapping_policy(language_model))
+    elif mesh is not None and not isinstance(module, FSDPModule):
+        shard(module, mesh, language_model, getattr(strategy, "param_dtype", None))
+        for step in steps:
+            register_fsdp_forward_method(module, step)
+
+
+def clip_gradients(
+    module: LightningModule, optimizer: Optimizer, value: int | float | None, algorithm: str | None
+) -> None:
+    """Clip, by the norm over all shards under FSDP too."""
+    strategy = module.trainer.strategy
+    if value is not None and algorithm in (None, "norm") and isinstance(strategy, FSDPStrategy):
+        strategy.model.clip_grad_norm_(value)  # type: ignore[operator, union-attr]  # its precision plugin refuses
+    else:
+        module.clip_gradients(optimizer, value, algorithm)
 
 
 def wrapping_policy(language_model: nn.Module) -> ModuleWrapPolicy:
