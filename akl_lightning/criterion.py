@@ -39,11 +39,6 @@ class CriterionOutput(NamedTuple):
     """One float tensor ``[tokens]`` per name in :data:`STATISTICS`, detached."""
 
 
-def as_mask(positions: Tensor, labels: Tensor) -> Tensor:
-    """Positions as indices into the flattened ``labels``, as booleans of their shape."""
-    return torch.zeros_like(labels, dtype=torch.bool).flatten().index_fill(0, positions, True).view_as(labels)
-
-
 # Final, so that the command line reads its arguments in place: --model.criterion.alpha, not init_args.
 @final
 class DistillationCriterion(nn.Module):

@@ -190,9 +190,6 @@ class DistillationModule(LightningModule):
         steps = ("training_step", "validation_step", "test_step", "predict_step", "generate", "distributions")
         shard_module(self, self.student.model, strategy, mesh, steps)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Steps
-
     def forward(self, batch: Batch) -> Tensor:
         """The student's logits ``[batch, length, vocab]``."""
         return self.student(batch)
@@ -392,7 +389,7 @@ class DistillationModule(LightningModule):
             self.resume.load(checkpoint)
 
     def on_train_start(self) -> None:
-        """Go on with the accumulation and the random numbers of the run that is resumed."""
+        """Go on where the run that is resumed was."""
         self.resume.start()
 
     @classmethod

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from akl_lightning import functional as F
-from akl_lightning.criterion import STATISTICS, DistillationCriterion, as_mask
+from akl_lightning.criterion import STATISTICS, DistillationCriterion
 from akl_lightning.divergences import (
     AdaptiveKL,
     Divergence,
@@ -84,7 +84,6 @@ def test_response_positions_predict_the_labels() -> None:
     positions, labels = DistillationCriterion().response_positions(batch)
     assert positions.dtype == torch.int64 and positions.tolist() == [1, 2, 6]
     assert labels.tolist() == [5, 6, 8]
-    assert as_mask(positions, batch).tolist() == [[False, True, True, False], [False, False, True, False]]
 
 
 def test_logits_of_whole_sequences_are_refused() -> None:
