@@ -247,13 +247,7 @@ class _Side(ABC):
         self.gradients: list[Tensor | None] = [None] * len(inputs)
 
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
-        """Take the memory that is kept from chunk to chunk.
-
-        Args:
-            rows: tokens of a chunk.
-            vocab: outputs that are wanted, if there are so many.
-            dtype: of the logits.
-        """
+        """Take the memory for the logits of so many tokens, and of so many outputs if there are."""
         device = self.inputs[0].device
         self.vocab = min(vocab, self.outputs)
         self.columns = columns_for(self.vocab, device)
