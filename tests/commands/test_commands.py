@@ -1,5 +1,6 @@
 """Stand-ins behave as the programs do, as far as tests can tell."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def test_it_and_what_it_starts_are_what_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import beside, os; print(beside.name, os.getcwd(), __name__)")
     assert run(str(tmp_path / "script.py"))[1] == f"beside {Path.cwd()} __main__\n"
     assert "{fit,validate,test,predict,cache,generate,judge}" in run("--help", program=str(warm() / "akl"))[1]
+
+
+def test_it_has_the_files_that_it_was_given() -> None:
+    read, write = os.pipe()
+    subprocess.run([python(), "-c", f"import os; os.write({write}, b'here')"], pass_fds=[write], timeout=60, check=True)
+    assert os.read(read, 4) == b"here"
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
