@@ -320,14 +320,16 @@ def in_precision(precision: str, strategy: str = "auto") -> dict[str, Any]:
     return {"plugins": [plugin], "strategy": strategy}
 
 
-def agree(ours: tuple[Found, Found], theirs: tuple[Found, Found], precision: str = "32-true") -> None:
+def agree(
+    ours: tuple[Found, Found], theirs: tuple[Found, Found], precision: str = "32-true", loose: bool = False
+) -> None:
     # Weights in bfloat16 round away most of a small step; the bound of the others is that of their products.
     of_update, of_metric = {"32-true": (5e-5, 1e-4), "bf16-true": (0.2, 0.03)}.get(precision, (0.02, 0.03))
     assert apart(ours[0], theirs[0]) <= of_update
     assert ours[1].keys() == theirs[1].keys()
     for name, value in theirs[1].items():
         # A share of some fifty tokens, each of which may turn over.
-        absolute = 0.1 if name.endswith("agreement") and precision != "32-true" else of_metric
+        absolute = 0.1 if name.endswith("agreement") and (precision != "32-true" or loose) else of_metric
         assert ours[1][name].item() == pytest.approx(value.item(), rel=of_metric, abs=absolute), name
 
 
@@ -357,7 +359,8 @@ def test_steps_from_a_cached_teacher(data: InstructionDataModule, tmp_path: Path
     kind: dict[str, Any] = {"top_k": 20} if codec is None else {"codec": codec}
     teacher = write(gpt2(24), tmp_path / "cache", data, **kind)
     theirs = train(data, teacher=teacher, accelerator="cpu")
-    agree(train(data, teacher=teacher), theirs)
+    # In float16 several tokens are the likeliest, and which of them is looked at is nobody's business.
+    agree(train(data, teacher=teacher), theirs, loose=codec is None)
     agree(train(data, teacher=teacher, deterministic=True, precision="bf16-mixed"), theirs, "bf16-mixed")
 
 

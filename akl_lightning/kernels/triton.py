@@ -82,7 +82,7 @@ def compare(
     names = STATISTICS if teacher is not None else ("loss", "cross_entropy")
     if rows:
         divergence, a, b, adaptive = _divergence(how)
-        block, warps = launch or _launch(vocab)
+        block, warps = launch or _launch(vocab, divergence is not None and how.temperature != 1)
         into = student if gradient is None else gradient
         options = {
             "GRADIENT": gradient is not None, "BLOCK": block, "num_warps": warps, "num_stages": 1,
@@ -102,8 +102,13 @@ def compare(
     return dict(zip(names, out.unbind(), strict=True))
 
 
-def _launch(vocab: int) -> Launch:
-    """The fastest of those tried on an H100 for every pair: 1,024 threads of four logits, with 64 registers each."""
+def _launch(vocab: int, many_registers: bool = False) -> Launch:
+    """The fastest of those tried on an H100 for every pair: 1,024 threads of four logits, with 64 registers each.
+
+    A pair of its own and a temperature take a few more than these, and so half of the threads, of two logits each.
+    """
+    if many_registers and vocab > 1024:
+        return Launch(1024, 16)
     if vocab <= 1024:
         return Launch(max(64, triton.next_power_of_2(vocab)), 4)
     return Launch(2048, 16) if vocab <= 2048 else Launch(4096, 32)
@@ -210,11 +215,8 @@ def _compare(
             s, t, s_ref, t_ref, c, scale, per_t, per_s, ratio, log_ratio, lo, hi, share, t_max, a, b,
             total, head, best, value, slopes, PAIR,
         )  # fmt: skip
-    unit = 1.0
-    if PAIR is None:
-        unit = per_t
-    gap = tl.sum(total, 0) * unit
-    head_gap = tl.sum(head, 0) * unit
+    gap = tl.sum(total, 0) * per_t
+    head_gap = tl.sum(head, 0) * per_t
     tail_gap = tl.where(gap - head_gap < 0, 0.0, gap - head_gap)
     gap = head_gap + tail_gap
     # Unequal to 0, not above it: NaN has to stay NaN, so that it is noticed.

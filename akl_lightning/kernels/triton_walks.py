@@ -77,12 +77,11 @@ def sum_gaps(
 ):  # fmt: skip
     es = tl.exp2((s - s_ref) * c)
     et = tl.exp2((t - t_ref) * c)
-    if PAIR is None:
-        gap = tl.abs(es * ratio - et)  # in units of 1 / sum_t
-    else:
+    # Not from p and q, whose products a fused multiply-add rounds apart: equal rows have no gap.
+    gap = tl.abs(es * ratio - et)  # in units of 1 / sum_t
+    if PAIR is not None:
         p = et * per_t
         q = es * per_s
-        gap = tl.abs(q - p)
         g, qc = PAIR(((t - t_ref) - (s - s_ref)) * scale - log_ratio, p, q, a, b)
         value += g
         slope += qc

@@ -28,7 +28,7 @@ def registers_and_stack(
     from triton.compiler import ASTSource
 
     function = kernel._compare if teacher else kernel._cross_entropy
-    block, warps = kernel._launch(vocab)
+    block, warps = kernel._launch(vocab, pair is not None and softened)
     constants: dict[str, Any] = {
         "PAIR": kernel.PAIRS.get(pair), "SOFTENED": softened, "GRADIENT": gradient is not None, "BLOCK": block,
     }  # fmt: skip
