@@ -1,4 +1,4 @@
-"""Sums over tokens become means over all response tokens of an optimizer step; a loss that is NaN or huge is noticed here.
+"""Sums over tokens become means over all response tokens of an optimizer step; a NaN or huge loss is noticed here.
 
 What a step needs to know of itself, loss, tokens, and whether somebody wants to stop, is summed over micro-batches and
 ranks on the device. The host reads it one step later on a GPU, so that the device has work while it is waited for.
