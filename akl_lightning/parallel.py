@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from akl_lightning.compat import mark_as_read, replicate_data_over_all
 from akl_lightning.errors import UsageError
+from akl_lightning.hub import out_of_reach
 from akl_lightning.models.layers import decoder_layers
 from akl_lightning.models.load import Precision, outline_causal_lm
 
@@ -79,7 +80,9 @@ def load_sharded(
         raise UsageError(f"a {role} in {precision} is not sharded: use the strategy ddp, or another precision.")
     model = outline_causal_lm(source, trust_remote_code, role, precision, attn_implementation)
     patterns = ["model.safetensors", "model-*.safetensors", "*.json"]
-    folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=patterns)
+    folder = source
+    if not Path(source).is_dir():
+        folder = snapshot_download(source, allow_patterns=patterns, local_files_only=out_of_reach(source))
     reader = HuggingFaceStorageReader(folder)
     try:
         stored = reader.read_metadata().state_dict_metadata
