@@ -13,7 +13,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
-from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
+from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ, text_config
+from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.packing import Packed, pack
 from akl_lightning.projection import Logits, Projection
 
@@ -73,14 +74,18 @@ class SplitModel(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for, or None where it does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Longest sequence that the model has positions for, or None where it does not say.
+
+        Without those that the virtual tokens of a prompt take.
+        """
+        positions = getattr(text_config(self.config), "max_position_embeddings", None)
+        return None if positions is None else positions - virtual_tokens(self.model)
 
     @property
     def vocab_size(self) -> int | None:
         """Width of the head, padding included, or None where the model does not say."""
         weight = getattr(self.head, "weight", None)
-        return getattr(self.config, "vocab_size", None) if weight is None else weight.shape[0]
+        return getattr(text_config(self.config), "vocab_size", None) if weight is None else weight.shape[0]
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the layers, and run them again in the backward pass.
@@ -157,7 +162,9 @@ class SplitModel(nn.Module):
         if self.causal_lm is None:
             output = self.model(batch)
             return getattr(output, "logits", output)
-        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        # A prompt's virtual tokens stand before the others.
+        return self.model(**inputs, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
 
     def projection(self, batch: Batch, positions: Tensor, packed: Packed | None = None) -> Projection:
         """The logits at ``positions``, as hidden states and head.
@@ -168,7 +175,7 @@ class SplitModel(nn.Module):
             packed: the same samples laid into fewer rows, on which the body is run instead.
         """
         assert self.causal_lm is not None and self.head is not None
-        config = self.causal_lm.config
+        config = text_config(self.causal_lm.config)
         if packed is None:
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         else:
@@ -200,7 +207,9 @@ class SplitModel(nn.Module):
             UsageError: packed samples that this model does not tell apart, a body that torch.compile cannot compile.
         """
         if positions is not None and self._splits is None:
-            self._splits = self.head is not None and self._gives_own_logits(batch)
+            # The body alone knows nothing of a prompt.
+            whole = self.head is None or virtual_tokens(self.model) > 0
+            self._splits = not whole and self._gives_own_logits(batch)
             if self.packing:
                 self._check_packing(batch)
         try:
