@@ -40,6 +40,11 @@ def check_run(module: "DistillationModule", stage: str) -> None:
     trainer, data, facts = module.trainer, data_of(module.trainer), facts_of_run(module.trainer)
     if trainer.strategy.root_device.type == "mps":
         raise UsageError("MPS has no float64, in which sums over tokens are kept: give trainer.accelerator cpu.")
+    if stage == "fit" and not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError(
+            f"there is nothing to train: no parameter of the student, {module.student.description}, requires a "
+            "gradient; give model.lora, or unfreeze what is to be trained (requires_grad_)."
+        )
     models: dict[str, SplitModel | Teacher] = {"student": module.student}
     if module.teacher is not None:
         models["teacher"] = module.teacher

@@ -37,9 +37,7 @@ from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
 from akl_lightning.projection import Logits, project_and_compare, rows_of
 from akl_lightning.resume import Resume
 from akl_lightning.teachers.base import Teacher
-from akl_lightning.teachers.cache.format import CACHE_PREFIX
-from akl_lightning.teachers.cache.reader import CachedTeacher
-from akl_lightning.teachers.live import LiveTeacher
+from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -77,9 +75,11 @@ class DistillationModule(LightningModule):
     Args:
         student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), some
             layers of another model (``{layers_of: models/large, keep: [0, 2, 4]}``), or a module. A module that is no
-            ``transformers`` model is called with the batch and gives logits ``[batch, length, vocab]``.
-        teacher: what it learns from, given in the same ways, or ``cache:`` and the folder that ``akl cache`` has
-            written; None only with ``criterion.alpha = 0``.
+            ``transformers`` model is called with the batch and gives logits ``[batch, length, vocab]``. Of a name or
+            folder with an adapter, the adapter is trained.
+        teacher: what it learns from, given in the same ways (a module is frozen in place and put into eval mode), or
+            ``cache:`` and the folder that ``akl cache`` has written, or ``base`` for the model under the student's
+            adapter; None only with ``criterion.alpha = 0``.
         criterion: what a batch costs.
         optimizer: called with the trainable parameters.
         lr_scheduler: the name of a schedule of ``transformers`` that spans the whole run and is stepped with every
@@ -130,8 +130,7 @@ class DistillationModule(LightningModule):
             self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
-        cached = isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
-        models = {"teacher": None if cached else teacher, "student": student}
+        models = {"teacher": teacher if has_own_model(teacher) else None, "student": student}
         self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
@@ -140,15 +139,9 @@ class DistillationModule(LightningModule):
         if compile:
             self.student.compile_body()
         self.teacher: Teacher | None = None
-        if isinstance(teacher, str) and cached:
-            self.teacher = CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
-        elif teacher is not None:
-            self.teacher = LiveTeacher(
-                teacher,
-                trust_remote_code,
-                precision=teacher_precision,
-                attn_implementation=attn_implementation,
-                packing=packing,
+        if teacher is not None:
+            self.teacher = choose_teacher(
+                teacher, self.student, trust_remote_code, teacher_precision, attn_implementation
             )
         self.criterion = criterion
         self.optimizer = optimizer

@@ -28,8 +28,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Of a model that sees, too, those of its text: its tower may have as many.
     """
     count = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", 0)
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
-    of_text = set(decoder.modules())
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    of_text = set((model if get_decoder is None else get_decoder()).modules())
     for name, part in model.named_modules():
         if isinstance(part, nn.ModuleList) and count and len(part) == count and part in of_text:
             return name, part

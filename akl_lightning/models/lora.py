@@ -64,7 +64,8 @@ def put_on_adapter(base: nn.Module, source: str) -> nn.Module:
     prompts = PeftConfig.from_pretrained(source).is_prompt_learning
     model = PeftModel.from_pretrained(base, source, is_trainable=not prompts)
     if prompts:  # which PEFT reads as what they are, no longer as what made them, and does not train by itself
-        model.prompt_encoder.requires_grad_(True)
+        for encoder in model.prompt_encoder.values():
+            getattr(encoder, "delta_embedding", encoder).requires_grad_(True)  # of CPT the change alone
     return model
 
 
