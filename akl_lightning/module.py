@@ -25,13 +25,14 @@ from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
+from akl_lightning.frozen import FrozenWeights
 from akl_lightning.functional import log_probs
 from akl_lightning.metrics import distillation_metrics
 from akl_lightning.models.load import Precision, load_causal_lm
 from akl_lightning.models.lora import LoraSettings, add_lora
 from akl_lightning.models.packing import pack
 from akl_lightning.models.split import Batch, SplitModel
-from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
+from akl_lightning.models.vocabulary import check_same_vocabulary, name_of, tokenizer_of
 from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import data_parallel_mesh, shard, wrapping_policy
 from akl_lightning.projection import Logits, project_and_compare, rows_of
@@ -93,6 +94,8 @@ class DistillationModule(LightningModule):
         compile: run the student's body through ``torch.compile``.
         packing: run both bodies on the samples of a micro-batch laid into fewer rows, which saves the padding; the
             samples see nothing of each other.
+        save_frozen: keep in checkpoints, too, what is frozen and lies under the student's name; where it is left out, a
+            checkpoint knows it by its digest.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -117,13 +120,14 @@ class DistillationModule(LightningModule):
         attn_implementation: str | None = None,
         compile: bool = False,
         packing: bool = False,
+        save_frozen: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
         plain = {"student": student, "teacher": teacher}
         plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
-        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing")
+        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing", "save_frozen")
         self.save_hyperparameters(*plain, *names, logger=False)
         if lora is not None:
             lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
@@ -135,7 +139,10 @@ class DistillationModule(LightningModule):
         if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
+        found_again = not save_frozen and not isinstance(student, nn.Module) and name_of(student) is not None
+        read = {id(parameter) for parameter in model.parameters()} if found_again else set()
         self.student = SplitModel(model if lora is None else add_lora(model, lora), packing)
+        self.frozen_weights = FrozenWeights(self, read)
         if compile:
             self.student.compile_body()
         self.teacher: Teacher | None = None
@@ -171,6 +178,7 @@ class DistillationModule(LightningModule):
         """Check that student, teacher and data fit together."""
         check_callbacks(self.trainer)
         check_run(self, stage)
+        self.frozen_weights.look()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":  # nothing of a fit that was broken off

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from akl_lightning.compat import mark_as_read, replicate_data_over_all
 from akl_lightning.errors import UsageError
+from akl_lightning.frozen import LEFT_OUT
 from akl_lightning.hub import out_of_reach
 from akl_lightning.models.layers import decoder_layers
 from akl_lightning.models.load import Precision, outline_causal_lm
@@ -181,7 +182,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this rank's shard of each weight."""
-        options = StateDictOptions(full_state_dict=True, strict=strict)
+        # Those that a checkpoint leaves out are there; which they are, the module has looked at.
+        options = StateDictOptions(full_state_dict=True, strict=strict and LEFT_OUT not in checkpoint)
         assert self.lightning_module is not None
         set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
 

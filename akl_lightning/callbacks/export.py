@@ -112,7 +112,8 @@ class StudentExport(Callback):
         rank_zero_info(f"student exported to {self.exported}")
         if best := _best_checkpoint(trainer):
             checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(best)
-            weights, step = checkpoint["state_dict"], checkpoint["global_step"]
+            weights = {**weights, **checkpoint["state_dict"]}  # which may leave out what is frozen
+            step = checkpoint["global_step"]
             self.exported_best = self._write(
                 trainer, pl_module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
             )

@@ -62,3 +62,34 @@ def test_the_update_and_the_export_are_those_of_one_process(
         assert apart(torch.load(tmp_path / f"{strategy}, {feature}.pt"), moved) <= 1e-4
         one, two = (load_causal_lm(str(tmp_path / name)).state_dict() for name in (feature, f"{strategy}, {feature}"))
         assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
+def fit_adapter(folder: Path, epochs: int, ckpt_path: Path | None = None, **trainer: Any) -> Trainer:
+    torch.manual_seed(9)
+    trainer_ = Trainer(**QUIET, max_epochs=epochs, **trainer)
+    module, data = module_of(folder, lora=LORA), data_of(folder, batch_size=16 // trainer_.world_size)
+    trainer_.fit(module, data, ckpt_path=ckpt_path)
+    return trainer_
+
+
+def go_on_two(rank: int, folder: Path, strategy: str) -> None:
+    settings = {"strategy": strategy, "devices": 2}
+    fit_adapter(folder, 1, **settings).save_checkpoint(folder / "of two.ckpt")
+    weights = whole_state(fit_adapter(folder, 2, folder / "of one.ckpt", **settings))
+    if rank == 0:
+        torch.save(weights, folder / "one then two.pt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_checkpoint_without_the_frozen_base_goes_on_anywhere(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, strategy: str
+) -> None:
+    prepare(tmp_path, tokenizer)
+    undisturbed = whole_state(fit_adapter(tmp_path, 2))
+    fit_adapter(tmp_path, 1).save_checkpoint(tmp_path / "of one.ckpt")
+    launch(go_on_two, tmp_path, strategy)
+    of_one, of_two = (torch.load(tmp_path / name, weights_only=True) for name in ("of one.ckpt", "of two.ckpt"))
+    assert of_one["left_out"] == of_two["left_out"] and len(of_one["left_out"]) > 10
+    assert of_one["state_dict"].keys() == of_two["state_dict"].keys() and len(of_one["state_dict"]) == 8
+    assert apart(whole_state(fit_adapter(tmp_path, 2, tmp_path / "of two.ckpt")), undisturbed) <= 1e-5
+    assert apart(torch.load(tmp_path / "one then two.pt"), undisturbed) <= 1e-5
