@@ -9,11 +9,12 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from akl_lightning.batch import Batch
 from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
-from akl_lightning.models.split import Batch, SplitModel
+from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary
 from akl_lightning.parallel import check_no_averages
 from akl_lightning.teachers.base import Teacher
@@ -57,6 +58,11 @@ def check_run(module: "DistillationModule", stage: str) -> None:
         raise UsageError(
             f"criterion.ignore_index = {module.criterion.ignore_index} and {type(data).__name__} labels with "
             f"{IGNORE_INDEX} what is not to be learnt: leave it at {IGNORE_INDEX}."
+        )
+    if stage == "fit" and not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UsageError(
+            f"there is nothing to train: no parameter of the student, {module.student.description}, requires a "
+            "gradient; give model.lora, or unfreeze what is to be trained (requires_grad_)."
         )
     models: dict[str, SplitModel | Teacher] = {"student": module.student}
     if module.teacher is not None:

@@ -41,8 +41,8 @@ from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import try_optimizer
 from akl_lightning.parser import OneSentenceParser, one_sentence
-from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
+from akl_lightning.teachers.choose import has_own_model
 
 LOST_PROCESSES = {
     "DataLoader worker": "a process that prepares batches died, often for want of memory: lower data.num_workers, and "
@@ -93,6 +93,8 @@ class InstructionCLI(LightningCLI):
         """Take the tokenizer of the first model that has a name, and new models' vocabulary from it."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         models = {role: config.model[role] for role in MODELS if role in config.model}
+        if not has_own_model(models.get("teacher")):
+            models.pop("teacher", None)
         if not config.data.tokenizer:
             config.data.tokenizer = _first_name(models.values())
         for role, model in models.items():
@@ -136,8 +138,7 @@ def in_one_sentence() -> Iterator[None]:
 
 def _first_name(models: Iterable[Any]) -> str:
     for model in models:
-        name = name_of(model)
-        if name is not None and not name.startswith(CACHE_PREFIX):
+        if (name := name_of(model)) is not None:
             return name
     raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
 

@@ -7,7 +7,8 @@ touches one, each function says why there is no public way, and a test of each f
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -64,6 +65,27 @@ def mark_as_read(tensors: Iterable[Tensor]) -> None:
     """Let ``initialize_weights`` leave tensors alone that hold what a file has given."""
     for tensor in tensors:
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# PEFT
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model that have adapters do without them.
+
+    PEFT's own ``disable_adapter`` turns the gradients of the adapters' parameters off and on as well, which those who
+    have sharded them, or synchronise them, may not like to see within a step.
+    """
+    layers = [module for module in model.modules() if getattr(module, "_disable_adapters", True) is False]
+    for layer in layers:
+        layer._disable_adapters = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False  # type: ignore[assignment]
 
 
 # --------------------------------------------------------------------------------------------------------------------

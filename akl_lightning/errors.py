@@ -1,4 +1,4 @@
-"""The one exception this pack raises for a mistake that its user can mend."""
+"""The one exception this pack raises for a mistake that its user can mend, and the reason of another."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,18 @@ class UsageError(ValueError):
 
     Command lines print the message without a traceback and exit with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error of a library says first, without a full stop, to stand in a sentence.
+
+    >>> first_line(ValueError("It is no model.\nLong advice"))
+    'It is no model'
+    >>> first_line(KeyError("added_tokens"))
+    "KeyError: 'added_tokens'"
+    """
+    lines = [*str(error).strip().split("\n"), ""]
+    said = lines[0] + (f" {lines[1].strip()}" if lines[0].endswith(":") else "")
+    said = said.rstrip(" .!:")
+    telling = said and isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+    return said if telling else f"{type(error).__name__}: {said}".rstrip(" :")

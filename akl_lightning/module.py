@@ -9,7 +9,6 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -24,18 +23,19 @@ from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
+from akl_lightning.frozen import FrozenWeights
 from akl_lightning.metrics import add_metrics, log_means, log_sets, metrics_of_set
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.load import Precision, load_causal_lm
 from akl_lightning.models.lora import LoraSettings, add_lora
 from akl_lightning.models.packing import pack
 from akl_lightning.models.split import SplitModel
-from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
+from akl_lightning.models.vocabulary import check_same_vocabulary, name_of, tokenizer_of
 from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_module
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
-from akl_lightning.teachers.build import build_teacher, is_cache
+from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean, with_router_loss
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -65,9 +65,11 @@ class DistillationModule(LightningModule):
     Args:
         student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), some
             layers of another model (``{layers_of: models/large, keep: [0, 2, 4]}``), or a module. A module that is no
-            ``transformers`` model is called with the batch and gives logits ``[batch, length, vocab]``.
-        teacher: what it learns from, given in the same ways, or ``cache:`` and the folder that ``akl cache`` has
-            written; None only with ``criterion.alpha = 0``.
+            ``transformers`` model is called with the batch and gives logits ``[batch, length, vocab]``. Of a name or
+            folder with an adapter, the adapter is trained.
+        teacher: what it learns from, given in the same ways (a module is frozen in place and put into eval mode), or
+            ``cache:`` and the folder that ``akl cache`` has written, or ``base`` for the model under the student's
+            adapter; None only with ``criterion.alpha = 0``.
         criterion: what a batch costs.
         optimizer: called with the trainable parameters.
         lr_scheduler: the name of a schedule of ``transformers`` that spans the whole run and is stepped with every
@@ -84,6 +86,8 @@ class DistillationModule(LightningModule):
             samples see nothing of each other.
         activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
             on any number of devices.
+        save_frozen: keep in checkpoints, too, what is frozen and lies under the student's name; where it is left out, a
+            checkpoint knows it by its digest.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -109,30 +113,35 @@ class DistillationModule(LightningModule):
         compile: bool = False,
         packing: bool = False,
         activation_checkpointing: bool = False,
+        save_frozen: bool = False,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
         plain = {"student": student, "teacher": teacher}
         plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
-        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing")
+        names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing", "save_frozen")
         self.save_hyperparameters(*plain, *names, logger=False)
         if lora is not None:
             lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
             self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
         if teacher is None and criterion.needs_teacher:
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
-        models = {"teacher": None if is_cache(teacher) else teacher, "student": student}
+        models = {"teacher": teacher if has_own_model(teacher) else None, "student": student}
         self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
         if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
+        found_again = not save_frozen and not isinstance(student, nn.Module) and name_of(student) is not None
+        read = {id(parameter) for parameter in model.parameters()} if found_again else set()
         self.student = SplitModel(model if lora is None else add_lora(model, lora), packing)
+        self.frozen_weights = FrozenWeights(self, read)
         if activation_checkpointing:
             self.student.checkpoint_activations()
         if compile:
             self.student.compile_body()
-        self.teacher = build_teacher(teacher, trust_remote_code, teacher_precision, attn_implementation, packing)
+        teacher_settings = (trust_remote_code, teacher_precision, attn_implementation)
+        self.teacher = choose_teacher(teacher, self.student, *teacher_settings)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -160,6 +169,7 @@ class DistillationModule(LightningModule):
         """Check that student, teacher and data fit together."""
         check_callbacks(self.trainer)
         check_run(self, stage)
+        self.frozen_weights.look()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":  # nothing of a fit that was broken off
@@ -346,11 +356,7 @@ class DistillationModule(LightningModule):
         return make_optimizer(self)
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Step with gradients that are means over all response tokens of the step."""
 
@@ -365,10 +371,7 @@ class DistillationModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip, by the norm over all shards under FSDP too."""
         clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)

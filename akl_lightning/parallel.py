@@ -26,6 +26,8 @@ from torch.optim import Optimizer
 
 from akl_lightning.compat import mark_as_read, replicate_data_over_all
 from akl_lightning.errors import UsageError
+from akl_lightning.frozen import LEFT_OUT
+from akl_lightning.hub import out_of_reach
 from akl_lightning.models.layers import decoder_layers
 from akl_lightning.models.load import Precision, outline_causal_lm
 
@@ -89,7 +91,9 @@ def load_sharded(
         raise UsageError(f"a {role} in {precision} is not sharded: use the strategy ddp, or another precision.")
     model = outline_causal_lm(source, trust_remote_code, role, precision, attn_implementation)
     patterns = ["model.safetensors", "model-*.safetensors", "*.json"]
-    folder = source if Path(source).is_dir() else snapshot_download(source, allow_patterns=patterns)
+    folder = source
+    if not Path(source).is_dir():
+        folder = snapshot_download(source, allow_patterns=patterns, local_files_only=out_of_reach(source))
     reader = HuggingFaceStorageReader(folder)
     try:
         stored = reader.read_metadata().state_dict_metadata
@@ -276,7 +280,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this rank's shard of each weight."""
-        options = StateDictOptions(full_state_dict=True, strict=strict)
+        # Those that a checkpoint leaves out are there; which they are, the module has looked at.
+        options = StateDictOptions(full_state_dict=True, strict=strict and LEFT_OUT not in checkpoint)
         assert self.lightning_module is not None
         set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
 

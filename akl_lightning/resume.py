@@ -14,6 +14,7 @@ from akl_lightning.compat import forget_loaded_data
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
+from akl_lightning.frozen import LEFT_OUT
 from akl_lightning.optimization import Continuation, Settings, found_rate, settings_of
 from akl_lightning.parallel import gather_objects
 
@@ -72,6 +73,7 @@ class Resume:
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out. Called on all ranks."""
         module, trainer = self.module, self.module.trainer
+        module.frozen_weights.leave_out(checkpoint)
         if module.teacher is not None and module.teacher.fingerprint is not None:
             checkpoint["teacher"] = module.teacher.fingerprint
         if module.in_step:
@@ -94,10 +96,14 @@ class Resume:
         """Raise :class:`UsageError` where the checkpoint is of another student, or of another teacher's cache."""
         module, weights = self.module, checkpoint.get("state_dict")
         if weights is not None:
+            module.frozen_weights.put_back(checkpoint)
             own, theirs = (
                 {name: getattr(value, "shape", None) for name, value in of.items()}
                 for of in (module.state_dict(), weights)
             )
+            left_out = checkpoint.get(LEFT_OUT, {})
+            # Where weights are sharded, those that are left out stay so.
+            theirs |= {name: own.get(name, "none") for name in left_out if name not in theirs}
             odd = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]
             if odd and module.strict_loading:
                 raise UsageError(

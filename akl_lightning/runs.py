@@ -32,6 +32,7 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import said_by_rank_0
+from akl_lightning.teachers.base_model import BASE
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 
 Found = TypeVar("Found", bound=Callback)
@@ -217,6 +218,8 @@ def distill(cli: RunCLI) -> None:
     look_at("student after", module)
     # In the student's place, compared with itself.
     source, trusted = cli.config.model.teacher, cli.config.model.trust_remote_code
+    if source == BASE:
+        source = module.student.model.get_base_model().name_or_path
     look_at("teacher", DistillationModule(source, source, trust_remote_code=trusted))
     if trainer.is_global_zero:
         report(run, rows, answers, trainer)

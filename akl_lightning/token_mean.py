@@ -1,15 +1,18 @@
-"""Sums over tokens become means over all response tokens of an optimizer step; a loss that is NaN is noticed here.
+"""Sums over tokens become means over all response tokens of an optimizer step; a NaN or huge loss is noticed here.
 
 What a step needs to know of itself, loss, tokens, and whether somebody wants to stop, is summed over micro-batches and
 ranks on the device. The host reads it one step later on a GPU, so that the device has work while it is waited for.
 """
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from akl_lightning.compat import multiply_all
 from akl_lightning.criterion import CriterionOutput
@@ -17,6 +20,9 @@ from akl_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
+
+LARGEST_LOSS = 1e30
+"""No sum of sensible losses comes near it."""
 
 
 class MicroBatch(NamedTuple):
@@ -50,6 +56,9 @@ class StepMean:
         """Begin anew, without what a run that was broken off has left."""
         self._micro_batches: list[MicroBatch] = []
         self._unread: list[Step] = []
+        self._infinite: Step | None = None
+        """The last step whose loss was infinite, though not of the student alone."""
+        self._warned = False
 
     def __len__(self) -> int:
         """Micro-batches that no optimizer step has used yet."""
@@ -102,7 +111,9 @@ class StepMean:
         return (totals[0] / tokens).float()
 
     def check(self, module: "DistillationModule", but_last: int = 0) -> None:
-        """Read the steps done, note a wish to stop, and refuse to go on where a loss was NaN.
+        """Read the steps done, note a wish to stop, and refuse to go on where a loss was NaN or beyond 1e30.
+
+        A divergence may well be infinite, of a token that is masked on one side alone; it is said, once.
 
         The totals are the same on all ranks, so none waits for one that has stopped.
 
@@ -111,7 +122,7 @@ class StepMean:
             but_last: how many steps to leave for later.
 
         Raises:
-            UsageError: a loss was NaN.
+            UsageError: a loss was NaN or beyond 1e30.
         """
         while len(self._unread) > but_last:
             step = self._unread.pop(0)
@@ -119,8 +130,14 @@ class StepMean:
                 step.arrived.synchronize()
             loss, cross_entropy, _, stop = step.totals.tolist()
             module.stop_agreed |= stop > 0
-            if math.isnan(loss):
-                raise UsageError(_sentence(step, math.isnan(cross_entropy)))
+            if math.isinf(loss):
+                of_student = math.isinf(cross_entropy)
+                self._infinite = None if of_student else step
+                if not self._warned:
+                    rank_zero_warn(_infinite(step, of_student))
+                self._warned = True
+            elif math.isnan(loss) or abs(loss) > LARGEST_LOSS:
+                raise UsageError(_sentence(step, module, loss, cross_entropy, self._infinite))
 
 
 def with_router_loss(output: CriterionOutput, router_loss: Tensor) -> CriterionOutput:
@@ -173,15 +190,49 @@ def _on_its_way_to_the_host(totals: Tensor) -> tuple[Tensor, torch.cuda.Event | 
     return host, arrived
 
 
-def _sentence(step: Step, student_diverged: bool) -> str:
-    where = ", ".join(str(batch.batch_idx) for batch in step.micro_batches if batch.loss.isnan())
-    # Cross entropy knows no teacher.
-    culprit, advice = (
-        ("the student diverged", "look at that batch, lower the learning rate, or clip")
-        if student_diverged
-        else ("the teacher gives NaN", "look at that batch, or load the teacher in a wider precision")
-    )
+def _sentence(step: Step, module: "DistillationModule", loss: float, cross_entropy: float, before: Step | None) -> str:
+    """Who gave a loss that is no number, and what to do."""
+    what = "NaN" if math.isnan(loss) else f"{loss:.0e}"
+    odd = [str(batch.batch_idx) for batch in step.micro_batches if not batch.loss.abs() <= LARGEST_LOSS]
+    if abs(cross_entropy) <= LARGEST_LOSS:  # which knows no teacher
+        culprit = f"the teacher gives {what}: look at that batch, or load the teacher in a wider precision"
+    elif step.number > 0 and (optimizer := _dividing_by_zero(module.trainer.optimizers)) is not None:
+        culprit = f"the optimizer made the student's weights NaN: {optimizer}"
+    elif before is not None and before.number == step.number - 1:
+        culprit = "the teacher made the loss infinite a step before: look for what it masks, or take ForwardKL"
+    else:
+        culprit = "the student diverged: look at that batch, lower the learning rate, or clip"
     return (
-        f"the loss is NaN at optimizer step {step.number}, epoch {step.epoch}, batch {where or 'of another rank'}; "
-        f"{culprit}: {advice}."
+        f"the loss is {what} at optimizer step {step.number}, epoch {step.epoch}, batch "
+        f"{', '.join(odd) or 'of another rank'}; {culprit}."
     )
+
+
+def _infinite(step: Step, of_student: bool) -> str:
+    return (
+        f"the loss is infinite at optimizer step {step.number}, epoch {step.epoch}: "
+        + (
+            "the student gives no probability to a token of the data"
+            if of_student
+            else "teacher or student gives no probability to tokens that the other gives some; of a teacher that does, "
+            "ForwardKL, JensenShannon and SkewKL are finite"
+        )
+        + ". Gradients leave such tokens out; this is said once."
+    )
+
+
+def _dividing_by_zero(optimizers: Iterable[Optimizer]) -> str | None:
+    """Which optimizer's ``eps`` is 0 in the precision of its weights, and what to do; None where none is."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            eps = group.get("eps")
+            if not isinstance(eps, float):
+                continue
+            for dtype in {parameter.dtype for parameter in group["params"]}:
+                if not torch.tensor(eps, dtype=dtype):
+                    return (
+                        f"the eps of {type(optimizer).__name__}, {eps:g}, is 0 in {str(dtype).removeprefix('torch.')}, "
+                        "and what has no gradient becomes 0 / 0; set trainer.precision to 16-mixed or bf16-true, or "
+                        "model.optimizer.eps to 1e-4"
+                    )
+    return None

@@ -23,6 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -115,6 +116,26 @@ def test_weights_that_were_read() -> None:
         drawn._is_hf_initialized = False
         model.initialize_weights()
         assert (kept == 7).all() and not (drawn == 7).all()
+
+
+def test_adapters_that_are_left_out() -> None:
+    with relies_on("PEFT's layers do without their adapters where _disable_adapters is true"):
+        ids = torch.arange(5)[None]
+        for config in (LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"]), IA3Config()):
+            plain = gpt2().eval()
+            expected = plain(ids).logits
+            model = get_peft_model(plain, config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(1.0)
+            adapted = model(ids).logits
+            with compat.without_adapters(model):
+                assert torch.equal(model(ids).logits, expected)
+                with compat.without_adapters(model):  # those that are off already stay so
+                    pass
+                assert torch.equal(model(ids).logits, expected)
+            assert torch.equal(model(ids).logits, adapted) and not torch.equal(adapted, expected)
 
 
 def test_the_trainer_of_a_module() -> None:

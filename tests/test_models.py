@@ -8,11 +8,24 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
-from akl_lightning.models.layers import prune_layers
+from akl_lightning.models.layers import decoder_layers, prune_layers
 from akl_lightning.models.load import load_causal_lm
 from akl_lightning.models.split import SplitModel
 from akl_lightning.projection import Projection
@@ -203,6 +216,61 @@ def test_a_student_made_of_layers_by_its_config(tmp_path: Path) -> None:
     for wrong in ({"layers_of": str(tmp_path)}, {"layers_of": str(tmp_path), "keep": [0], "n_layer": 1}):
         with pytest.raises(UsageError, match="a student made of layers_of another needs keep"):
             load_causal_lm(wrong, role="student")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models that see, on text alone; their towers have as many layers as their text
+
+
+def seeing(family: str) -> PreTrainedModel:
+    text = {**SIZES, "num_hidden_layers": 3, "max_position_embeddings": 48, "head_dim": 8}
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower |= {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(2)
+    if family == "gemma3":
+        tokens = {"image_token_index": 59, "boi_token_index": 58, "eoi_token_index": 57, "mm_tokens_per_image": 1}
+        return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=tower, **tokens))
+    if family == "llava":
+        sizes = {"vision_config": CLIPVisionConfig(**tower), "text_config": LlamaConfig(**text)}
+        config = LlavaConfig(**sizes, image_token_index=59)
+        return LlavaForConditionalGeneration(config)
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    tower = {"depth": 3, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
+    tokens = {"image_token_id": 59, "video_token_id": 58, "vision_start_token_id": 57, "vision_end_token_id": 56}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=tower, **tokens))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_vl"])
+def test_a_model_that_sees_is_distilled_and_pruned_as_one_of_text(family: str) -> None:
+    model = seeing(family).train()
+    split = SplitModel(model)
+    rows = batch()
+    rows["input_ids"] %= 56
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, _ = loss_and_gradients(split, rows)
+    assert split._splits and torch.allclose(loss, own_loss(model, rows), rtol=1e-5)
+    assert split.max_positions == 48 and split.vocab_size == 60
+    with pytest.raises(UsageError, match=r"data\.max_length = 49 is beyond the 48 positions of the student: set it to"):
+        split.check_fits("student", None, 49)
+    name, layers = decoder_layers(model)
+    assert name == "model.language_model.layers" and len(layers) == 3
+    student = prune_layers(model, [0, 2])
+    assert student.config.get_text_config().num_hidden_layers == len(decoder_layers(student)[1]) == 2
+    towers = (
+        {name: value for name, value in of.state_dict().items() if "vision" in name or "visual" in name}
+        for of in (model, student)
+    )
+    mine, theirs = towers
+    assert mine and all(torch.equal(mine[name], theirs[name]) for name in mine) and mine.keys() == theirs.keys()
+    with pytest.raises(UsageError, match="some of the layers 0 to 2 in ascending order"):
+        prune_layers(model, [0, 3])
+
+
+def test_layers_of_a_model_that_sees_by_its_folder(tmp_path: Path) -> None:
+    seeing("gemma3").save_pretrained(tmp_path)
+    student = load_causal_lm({"layers_of": str(tmp_path), "keep": [0, 2]})
+    assert student.config.text_config.num_hidden_layers == 2 and len(student.config.text_config.layer_types) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------------

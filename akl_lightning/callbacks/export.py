@@ -18,6 +18,7 @@ from akl_lightning.checkpoint import atomic_folder, check_writable, claim_folder
 from akl_lightning.compat import new_model
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_tokenizer
+from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.vocabulary import tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import ending_together
@@ -144,7 +145,8 @@ class StudentExport(Callback):
         rank_zero_info(f"student exported to {self.exported}")
         if best := _best_checkpoint(trainer):
             checkpoint = trainer.strategy.checkpoint_io.load_checkpoint(best)
-            weights, step = checkpoint["state_dict"], checkpoint["global_step"]
+            weights = {**weights, **checkpoint["state_dict"]}  # which may leave out what is frozen
+            step = checkpoint["global_step"]
             self.exported_best = self._write(
                 trainer, module, "-best", weights, f"the best of {epoch} epochs, {Path(best).name}", step
             )
@@ -161,8 +163,12 @@ class StudentExport(Callback):
             path.rmdir()
         path = claim_folder(path)
         model, tokenizer = module.student.model, self.tokenizer or module.find_tokenizer()
-        if hasattr(model, "peft_config") and self.merge:
-            model = _merged(model, own)
+        if hasattr(model, "peft_config") and (self.merge or virtual_tokens(model)):
+            model = _rebuilt(model, own)  # PEFT writes the prompt of the model that it is given
+            if self.merge:
+                generation = copy.deepcopy(model.generation_config)
+                model = model.merge_and_unload()
+                model.generation_config = generation
             own = model.state_dict()
         with atomic_folder(path, claimed=True) as folder:
             with _without_progress_bar():
@@ -216,21 +222,21 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _merged(model: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """A new model with these weights, adapters merged in; the one that is trained, perhaps sharded, stays as it is."""
+def _rebuilt(model: Any, weights: dict[str, Tensor]) -> Any:
+    """A new adapted model with these weights; the one that is trained, perhaps sharded, stays as it is."""
     from peft import get_peft_model
 
     base = model.get_base_model()
-    merged = new_model(type(base), copy.deepcopy(base.config), base.dtype)
+    rebuilt = new_model(type(base), copy.deepcopy(base.config), base.dtype)
+    rebuilt.name_or_path = base.name_or_path
+    rebuilt.generation_config = copy.deepcopy(base.generation_config)
     (name, config), *others = copy.deepcopy(model.peft_config).items()
-    merged = get_peft_model(merged, config, name)
+    rebuilt = get_peft_model(rebuilt, config, name)
     for other, config in others:
-        merged.add_adapter(other, config)
-    merged.load_state_dict(weights)
-    merged.set_adapter(model.active_adapter)
-    merged = merged.merge_and_unload()
-    merged.generation_config = copy.deepcopy(base.generation_config)
-    return merged
+        rebuilt.add_adapter(other, config)
+    rebuilt.load_state_dict(weights)
+    rebuilt.set_adapter(model.active_adapter)
+    return rebuilt
 
 
 def _is_empty(folder: Path) -> bool:

@@ -8,6 +8,7 @@ import platform
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, first_line
+from akl_lightning.hub import out_of_reach
 
 
 @dataclass(frozen=True)
@@ -270,15 +272,35 @@ class HubDataset(Source):
         return splits
 
     def _load(self) -> datasets.Dataset | datasets.DatasetDict:
+        path = Path(self.path)
         try:
-            if (Path(self.path) / "dataset_dict.json").is_file() or (Path(self.path) / "state.json").is_file():
+            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 return datasets.load_from_disk(self.path)
-            return datasets.load_dataset(self.path, self.name, data_files=self.data_files)
+            with _without_hub(out_of_reach(self.path)):
+                return datasets.load_dataset(self.path, self.name, data_files=self.data_files)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UsageError(
-                f"cannot load the data set {self.path!r}: it is no local folder, and the hub has none of that name or "
-                "cannot be reached; give the path of a local folder, or a JSON Lines file through JsonLines."
-            ) from error
+            if path.is_dir():
+                said = first_line(error.__cause__ or error)
+                reason = f"{said}; give a folder of files of the same columns, or one of them as data_files"
+            elif path.is_file():
+                reason = "it is a file; give the folder that it lies in, and its name as data_files"
+            else:
+                reason = (
+                    "it is no local folder, and the hub has none of that name or cannot be reached; give the path of a "
+                    "local folder, or a JSON Lines file through JsonLines"
+                )
+            raise UsageError(f"cannot load the data set {self.path!r}: {reason}.") from error
+
+
+@contextmanager
+def _without_hub(out_of_reach: bool) -> Iterator[None]:
+    """Let ``datasets`` look into its cache alone, where the hub gives no answer."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or out_of_reach
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 class PaperTestSet(Source):
@@ -307,7 +329,7 @@ class PaperTestSet(Source):
     def load(self) -> dict[str, list[Pair]]:
         repository, file = self.files[self.name]
         try:
-            path = hf_hub_download(repository, file, repo_type="dataset")
+            path = hf_hub_download(repository, file, repo_type="dataset", local_files_only=out_of_reach(repository))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             raise UsageError(
                 f"cannot fetch {file} of the data set {repository!r}: the hub cannot be reached or has no such file; "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from akl_lightning.compat import new_model
 from akl_lightning.errors import UsageError
@@ -17,11 +17,21 @@ PROBE_TOKENS = 16
 """Tokens on which it is tried whether a model does what is expected of it."""
 
 
+def text_config(config: Any) -> Any:
+    """What a ``transformers`` config says of the model of text in it: itself, but for models that see or hear, too."""
+    return config.get_text_config(decoder=True) if isinstance(config, PreTrainedConfig) else config
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of a ``transformers`` model's layers; an empty list where they cannot be told."""
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    """Name and list of a ``transformers`` model's layers; an empty list where they cannot be told.
+
+    Of a model that sees, too, those of its text: its tower may have as many.
+    """
+    count = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", 0)
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    of_text = set((model if get_decoder is None else get_decoder()).modules())
     for name, part in model.named_modules():
-        if isinstance(part, nn.ModuleList) and count and len(part) == count:
+        if isinstance(part, nn.ModuleList) and count and len(part) == count and part in of_text:
             return name, part
     return "", nn.ModuleList()
 
@@ -43,7 +53,7 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     >>> prune_layers(teacher, range(0, 4, 2)).config.n_layer
     2
     """
-    count, keep = getattr(model.config, "num_hidden_layers", 0), list(keep)
+    count, keep = getattr(text_config(model.config), "num_hidden_layers", 0), list(keep)
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < count:
         raise UsageError(f"keep must name some of the layers 0 to {count - 1} in ascending order, got {keep}.")
     prefix, layers = decoder_layers(model)
@@ -53,10 +63,11 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
         )
 
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(keep)
-    for name, value in vars(config).items():
+    of_text = text_config(config)
+    of_text.num_hidden_layers = len(keep)
+    for name, value in vars(of_text).items():
         if isinstance(value, list) and len(value) == count:  # what a config says of each layer
-            setattr(config, name, [value[index] for index in keep])
+            setattr(of_text, name, [value[index] for index in keep])
     pruned = new_model(type(model), config, model.dtype)
     nn.Module.to(pruned, model.device)
     places = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(keep)}
@@ -76,7 +87,7 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
 
     dropped = [layer for index, layer in enumerate(layers) if index not in keep]
     hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in dropped]
-    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.vocab_size
+    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] % text_config(model.config).vocab_size
     row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
         with torch.no_grad(), evaluating(model), evaluating(pruned):

@@ -20,11 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, first_line
+from akl_lightning.hub import hub_if_it_answers
 from akl_lightning.models.layers import prune_layers
+from akl_lightning.models.lora import base_of_adapter, put_on_adapter
 
 PACKAGE_PREFIX = "package:"
 """Marks the name of an installed package where a model is expected: of the GGUF file in it."""
+
+CANNOT_LOAD = (OSError, ValueError, ImportError, SafetensorError)
+"""What libraries raise for a name that is neither here nor on the hub."""
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
 """Of a model's weights: ``auto`` is the one they are stored in, float32 for new ones and for GGUF files; the last two
@@ -77,6 +82,13 @@ def load_causal_lm(
                 config, dtype=dtype or torch.float32, attn_implementation=attn_implementation
             )
     location = _location(source)
+    with _explained(role, source):
+        base = None if "gguf_file" in location else base_of_adapter(source)
+    if base is not None:
+        of_adapter = f"base of the {role} {source!r},"
+        model = load_causal_lm(base, trust_remote_code, of_adapter, precision, attn_implementation)
+        with _explained(role, source):
+            return put_on_adapter(model, source).train()
     with _explained(role, source), _attending(role, attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(
             **location,
@@ -188,16 +200,25 @@ def _attending(role: str, attn_implementation: str | None) -> Iterator[None]:
 
 @contextmanager
 def _explained(role: str, source: str) -> Iterator[None]:
-    """Say in one sentence why something cannot be loaded."""
+    """Say in one sentence why something cannot be loaded, and soon where the hub gives no answer."""
     try:
-        yield
+        with hub_if_it_answers(source):
+            yield
     except UsageError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:
+        there = source.startswith(PACKAGE_PREFIX) or Path(source).exists()
+        # What lies in a folder may fail in any way; a name, in those of a network.
+        if isinstance(error, torch.OutOfMemoryError) or not (there or isinstance(error, CANNOT_LOAD)):
+            raise
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; read that code, and give trust_remote_code: true to run it"
         elif isinstance(error, SafetensorError):
             reason = f"its weights are damaged ({error}); fetch or write them again"
+        elif there and Path(source).is_file() and not source.endswith(".gguf"):
+            reason = "it is a file; give the folder that save_pretrained wrote, or a file that ends in .gguf"
+        elif there:
+            reason = first_line(error)
         else:
             kind = "tokenizer" if role == "tokenizer" else "model"
             reason = (

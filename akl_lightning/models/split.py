@@ -15,7 +15,8 @@ from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import plain_decoding, stop_tokens
 from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
-from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ
+from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ, text_config
+from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.packing import Packed, pack
 from akl_lightning.models.router import router_loss, wants_router_loss
 from akl_lightning.projection import Logits, Projection
@@ -85,14 +86,18 @@ class SplitModel(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for, or None where it does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Longest sequence that the model has positions for, or None where it does not say.
+
+        Without those that the virtual tokens of a prompt take.
+        """
+        positions = getattr(text_config(self.config), "max_position_embeddings", None)
+        return None if positions is None else positions - virtual_tokens(self.model)
 
     @property
     def vocab_size(self) -> int | None:
         """Width of the head, padding included, or None where the model does not say."""
         weight = getattr(self.head, "weight", None)
-        return getattr(self.config, "vocab_size", None) if weight is None else weight.shape[0]
+        return getattr(text_config(self.config), "vocab_size", None) if weight is None else weight.shape[0]
 
     def checkpoint_activations(self) -> None:
         """Keep only the inputs of the layers, and run them again in the backward pass.
@@ -179,7 +184,7 @@ class SplitModel(nn.Module):
         output = self.model(**self._inputs(batch), **more, use_cache=False)
         if self.has_router_loss:
             self._router_loss = router_loss(self.causal_lm, output, batch["attention_mask"])
-        return output.logits
+        return output.logits[:, -batch["input_ids"].shape[1] :]  # a prompt's virtual tokens stand before the others
 
     def check_inputs(self, batch: Batch, role: str) -> None:
         """Raise :class:`UsageError` for what a batch carries and a ``transformers`` model could not be given.
@@ -209,7 +214,9 @@ class SplitModel(nn.Module):
         """
         assert self.causal_lm is not None
         like = torch.empty(*position_ids.shape, 0, dtype=self.causal_lm.dtype, device=position_ids.device)
-        return create_masks_for_generate(self.causal_lm.config, like, None, None, position_ids=position_ids)
+        return create_masks_for_generate(
+            text_config(self.causal_lm.config), like, None, None, position_ids=position_ids
+        )
 
     def projection(self, batch: Batch, positions: Tensor, packed: Packed | None = None) -> Projection:
         """The logits at ``positions``, as hidden states and head.
@@ -220,7 +227,7 @@ class SplitModel(nn.Module):
             packed: the same samples laid into fewer rows, on which the body is run instead.
         """
         assert self.causal_lm is not None and self.head is not None
-        config = self.causal_lm.config
+        config = text_config(self.causal_lm.config)
         if packed is None:
             inputs = self._inputs(batch)
         else:
@@ -256,7 +263,9 @@ class SplitModel(nn.Module):
             UsageError: packed samples that this model does not tell apart, a body that torch.compile cannot compile.
         """
         if positions is not None and self._splits is None:
-            self._splits = self.head is not None and self._gives_own_logits(batch)
+            # The body alone knows nothing of a prompt.
+            whole = self.head is None or virtual_tokens(self.model) > 0
+            self._splits = not whole and self._gives_own_logits(batch)
         if positions is not None and not self._tells_apart and self._shares_rows(batch):
             self._check_packing(batch)
             self._tells_apart = True

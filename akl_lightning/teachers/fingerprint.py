@@ -32,6 +32,12 @@ def weights_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest of a tensor, its shape and precision; called on all ranks, where it is sharded."""
+    content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
+    return digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + hashlib.sha256(content.numpy().data).digest())[:32]
+
+
 def hub_revision(name: str) -> str | None:
     """The commit of the hub that lies in its cache under a name, or None for what is not of the hub."""
     try:
