@@ -335,14 +335,12 @@ class DistillationModule(LightningModule):
         log_sets(self, "test")
         self._release()
 
-    def on_predict_epoch_end(self) -> None:
-        """Free what the last forward has gathered."""
-        self._release()
-
     def _release(self) -> None:
-        # What is gathered for a forward is freed by its backward, and here is none.
+        """Free what the last forward has gathered: there is no backward that does it."""
         if isinstance(self, FSDPModule):
             self.reshard()
+
+    on_predict_epoch_end = _release
 
     # ----------------------------------------------------------------------------------------------------------------
     # Optimization and checkpoints

@@ -1,5 +1,6 @@
 """What a batch carries beside tokens reaches both models, or is refused; positions are right wherever padding lies."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_positions_come_from_the_mask(family: str, packing: bool) -> None:
 
 def test_the_whole_logits_too() -> None:
     model = build("gpt2").eval()
-    logits = DistillationModule(model, model)(padded(SAMPLES, "left"))
+    logits = DistillationModule(model, copy.deepcopy(model))(padded(SAMPLES, "left"))
     for row, ids in zip(logits, SAMPLES, strict=True):
         assert torch.allclose(row[-len(ids) :], model(input_ids=ids[None]).logits[0], atol=1e-5)
 
