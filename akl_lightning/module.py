@@ -58,9 +58,9 @@ class DistillationModule(LightningModule):
     Several sets of validation or test samples, a list or mapping of loaders, are each logged under their own name, as
     ``val/NAME/...`` (a mapping's key, a list's number from 0); the first as ``val/...``, too, where ``monitor`` looks.
 
-    Lightning's own callbacks and tools work with it, but for these: averages of weights (SWA, EMA) are not taken of a
-    sharded student, the learning-rate finder compares summed losses and so wants samples that are not grouped by
-    length, and the batch-size finder searches on one device only, from a data module.
+    Lightning's own callbacks and tools work with it, but: averages of weights (SWA, EMA) are not taken of a sharded
+    student, the learning-rate finder wants samples not grouped by length, as it compares summed losses, and the
+    batch-size finder searches on one device only, from a data module.
 
     Args:
         student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), some
@@ -140,8 +140,8 @@ class DistillationModule(LightningModule):
             self.student.checkpoint_activations()
         if compile:
             self.student.compile_body()
-        teacher_settings = (trust_remote_code, teacher_precision, attn_implementation)
-        self.teacher = choose_teacher(teacher, self.student, *teacher_settings)
+        how = trust_remote_code, teacher_precision, attn_implementation
+        self.teacher = choose_teacher(teacher, self.student, *how)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

@@ -12,10 +12,9 @@ and ``d = (t - T) - (s - S)``, all at the temperature:
 3. The gradient, ``q c - q Σ q c`` and that of cross entropy. A block is read before it is written: it may replace the
    student's logits.
 
-On an H100, 2,048 rows of 151,936 float32 logits with a bfloat16 gradient take 2.59 ms. At 26 bytes a logit these are
-3.1 TB/s, 104 % of what a copy moves (2.99 TB/s): the second walk finds part of the row in the cache. A plain version,
-one program per token as well, took 3.19 ms on the faster H200. With a temperature of 2 it was 4.4 ms, which was not the
-second exponential but the rows: so flat, the head's end had to be searched over them.
+On an H100, 2,048 rows of 151,936 float32 logits with a bfloat16 gradient took 2.53 ms. At 26 bytes a logit these are
+3.2 TB/s, 107 % of what a copy moves (2.99 TB/s): the second walk finds part of the row in the cache. A plain version,
+one program per token as well, had taken 3.19 ms on the faster H200.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -82,33 +81,29 @@ def compare(
     names = STATISTICS if teacher is not None else ("loss", "cross_entropy")
     if rows:
         divergence, a, b, adaptive = _divergence(how)
-        block, warps = launch or _launch(vocab, divergence is not None and how.temperature != 1)
+        block, warps = launch or _launch(vocab)
         into = student if gradient is None else gradient
-        options = {
-            "GRADIENT": gradient is not None, "BLOCK": block, "num_warps": warps, "num_stages": 1,
-            "enable_fp_fusion": True,
-        }  # fmt: skip
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if teacher is None:
             _cross_entropy[(rows,)](
-                student, into, labels, out, vocab, rows, student.stride(0), into.stride(0), **options
-            )
+                student, into, labels, out, vocab, rows, student.stride(0), into.stride(0),
+                GRADIENT=gradient is not None, BLOCK=block, **options,
+            )  # fmt: skip
         else:
+            # Sums are kept for each four neighbours where these are in one thread: in aligned rows, read four at once.
+            aligned = all(x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in (student, teacher, into))
             _compare[(rows,)](
                 student, teacher, into, labels, out, vocab, rows,
                 student.stride(0), teacher.stride(0), into.stride(0),
                 how.alpha, how.temperature, _goal(how), int(how.head_rule == "within"), a, b, adaptive,
-                PAIR=divergence, SOFTENED=how.temperature != 1, **options,
+                PAIR=divergence, SOFTENED=how.temperature != 1, GRADIENT=gradient is not None, BLOCK=block,
+                SUMS=block // 4 if aligned and block == 128 * warps else block, **options,
             )  # fmt: skip
     return dict(zip(names, out.unbind(), strict=True))
 
 
-def _launch(vocab: int, many_registers: bool = False) -> Launch:
-    """The fastest of those tried on an H100 for every pair: 1,024 threads of four logits, with 64 registers each.
-
-    A pair of its own and a temperature take a few more than these, and so half of the threads, of two logits each.
-    """
-    if many_registers and vocab > 1024:
-        return Launch(1024, 16)
+def _launch(vocab: int) -> Launch:
+    """The fastest of those tried on an H100 for every pair: 1,024 threads of four logits, with 64 registers each."""
     if vocab <= 1024:
         return Launch(max(64, triton.next_power_of_2(vocab)), 4)
     return Launch(2048, 16) if vocab <= 2048 else Launch(4096, 32)
@@ -139,7 +134,7 @@ def _compare(
     S, T, G, LABELS, OUT, vocab, rows, s_stride, t_stride, g_stride,
     alpha, temperature, goal, within, a, b, adaptive,
     PAIR: tl.constexpr, SOFTENED: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     S += row * s_stride
@@ -152,14 +147,14 @@ def _compare(
     label = tl.load(LABELS + row).to(tl.int32)
     s_ref = reference(S, label, vocab, BLOCK)
     t_ref = reference(T, label, vocab, BLOCK)
-    ls, lt, lh, fk, rk, s_top, v1, v2, v3 = sums(S, T, vocab, s_ref, t_ref, c, SOFTENED, BLOCK)
+    ls, lt, lh, fk, rk, s_top, v1, v2, v3 = sums(S, T, vocab, s_ref, t_ref, c, SOFTENED, BLOCK, SUMS)
     s_max = tl.max(s_top, 0)
     t_max = tl.max(v1, 0)
     far = tl.maximum(tl.abs(s_max - s_ref), tl.abs(t_max - t_ref)) * tl.maximum(c, 1.4426950408889634)
     if far > 16:  # exp would overflow, or its argument be rounded where it counts most
         s_ref = s_max
         t_ref = t_max
-        ls, lt, lh, fk, rk, s_top, v1, v2, v3 = sums(S, T, vocab, s_ref, t_ref, c, SOFTENED, BLOCK)
+        ls, lt, lh, fk, rk, s_top, v1, v2, v3 = sums(S, T, vocab, s_ref, t_ref, c, SOFTENED, BLOCK, SUMS)
     sum_s = tl.sum(ls, 0)
     sum_t = tl.sum(lt, 0)
     third = tl.max(v3, 0)
@@ -184,7 +179,7 @@ def _compare(
     tl.store(OUT + 4 * rows, rkl)
 
     target = goal * sum_t
-    lo, hi, above, inside = crossing(T, vocab, v1, v2, t_max, third, t_ref, c, sum_t, target, BLOCK)
+    lo, hi, above, inside = crossing(T, vocab, v1, v2, t_max, third, t_ref, c, sum_t, target, BLOCK, SUMS)
     # How many tokens tie at the crossing, and how many of them the head needs, or holds.
     ties = tl.maximum(tl.floor(inside / tl.exp2((lo - t_ref) * c) + 0.499), 1.0)
     missing = (target - above) / (inside / ties)
@@ -194,18 +189,16 @@ def _compare(
         held = tl.minimum(tl.maximum(tl.ceil(missing), 1.0), ties)
     share = tl.where(inside > 0, held / ties, 0.0)
 
-    total = tl.zeros([BLOCK], tl.float32)
-    head = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK // 4], float("-inf"), tl.float32)
-    value = tl.zeros([BLOCK], tl.float32)
-    slopes = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([SUMS], tl.float32)
+    total, head, value, slopes = zero, zero, zero, zero
+    best = tl.full([SUMS], float("-inf"), tl.float32)
     if blocks * BLOCK < vocab:
         rest = blocks * BLOCK + lane
         s = load(S, rest, vocab, True, "")
         t = load(T, rest, vocab, True, "")
         total, head, best, value, slopes = sum_gaps(
             s, t, s_ref, t_ref, c, scale, per_t, per_s, ratio, log_ratio, lo, hi, share, t_max, a, b,
-            total, head, best, value, slopes, PAIR,
+            total, head, best, value, slopes, PAIR, SUMS,
         )  # fmt: skip
     for i in range(0, blocks):
         block = blocks - 1 - i
@@ -213,7 +206,7 @@ def _compare(
         t = load(T, block * BLOCK + lane, vocab, False, "")
         total, head, best, value, slopes = sum_gaps(
             s, t, s_ref, t_ref, c, scale, per_t, per_s, ratio, log_ratio, lo, hi, share, t_max, a, b,
-            total, head, best, value, slopes, PAIR,
+            total, head, best, value, slopes, PAIR, SUMS,
         )  # fmt: skip
     gap = tl.sum(total, 0) * per_t
     head_gap = tl.sum(head, 0) * per_t

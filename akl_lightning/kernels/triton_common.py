@@ -56,14 +56,25 @@ def load(row, at, vocab, PARTIAL: tl.constexpr, EVICT: tl.constexpr):
 
 
 @jit
-def max_of_four(x):
-    """The largest of four neighbours, which a thread holds: what all lanes have in common needs one register of it."""
-    return tl.max(tl.reshape(x, [x.shape[0] // 4, 4]), 1)
+def largest(x, SUMS: tl.constexpr):
+    """Each four neighbours' largest, where there are to be a quarter as many; they are in one thread, which has then
+    three registers more."""
+    if x.shape[0] != SUMS:
+        x = tl.max(tl.reshape(x, [SUMS, 4]), 1)
+    return x
 
 
 @jit
-def three_largest(t, v1, v2, v3):
-    """After ``t``, each lane's two largest values so far, and the largest of the third largest of four lanes."""
-    v3 = tl.maximum(v3, max_of_four(tl.minimum(v2, t)))
+def summed(x, SUMS: tl.constexpr):
+    """Likewise their sum."""
+    if x.shape[0] != SUMS:
+        x = tl.sum(tl.reshape(x, [SUMS, 4]), 1)
+    return x
+
+
+@jit
+def three_largest(t, v1, v2, v3, SUMS: tl.constexpr):
+    """After ``t``, each lane's two largest values so far, and those among which is the largest of the third largest."""
+    v3 = tl.maximum(v3, largest(tl.minimum(v2, t), SUMS))
     v2 = tl.maximum(v2, tl.minimum(v1, t))
     return tl.maximum(v1, t), v2, v3

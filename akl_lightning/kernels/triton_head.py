@@ -41,14 +41,14 @@ def _masses_of_row(row, vocab, t_ref, c, x1, x2, x3, BLOCK: tl.constexpr):
 
 
 @jit
-def _largest_below(row, vocab, bound, BLOCK: tl.constexpr):
+def _largest_below(row, vocab, bound, BLOCK: tl.constexpr, SUMS: tl.constexpr):
     """Each lane's two largest values below the bound, and the largest third."""
     v1 = tl.full([BLOCK], float("-inf"), tl.float32)
     v2 = tl.full([BLOCK], float("-inf"), tl.float32)
-    v3 = tl.full([BLOCK // 4], float("-inf"), tl.float32)
+    v3 = tl.full([SUMS], float("-inf"), tl.float32)
     for start in range(0, vocab, BLOCK):
         t = load(row, start + tl.arange(0, BLOCK), vocab, True, "")
-        v1, v2, v3 = three_largest(tl.where(t < bound, t, float("-inf")), v1, v2, v3)
+        v1, v2, v3 = three_largest(tl.where(t < bound, t, float("-inf")), v1, v2, v3, SUMS)
     return v1, v2, tl.max(v3, 0)
 
 
@@ -66,7 +66,7 @@ def _narrow(lo, hi, above, from_lo, x1, x2, x3, m1, m2, m3, t_ref, c, target):
 
 
 @jit
-def crossing(row, vocab, v1, v2, top, third, t_ref, c, total, target, BLOCK: tl.constexpr):
+def crossing(row, vocab, v1, v2, top, third, t_ref, c, total, target, BLOCK: tl.constexpr, SUMS: tl.constexpr):
     """The bounds ``[lo, hi)`` of the crossing value, which hold the tokens of this value alone.
 
     Args:
@@ -78,6 +78,7 @@ def crossing(row, vocab, v1, v2, top, third, t_ref, c, total, target, BLOCK: tl.
         total: the mass of the row.
         target: what the head is to reach.
         BLOCK: the number of lanes.
+        SUMS: of how many parts sums over lanes are.
 
     Returns:
         ``lo``, ``hi``, the mass from ``hi`` on, and the mass within.
@@ -135,5 +136,5 @@ def crossing(row, vocab, v1, v2, top, third, t_ref, c, total, target, BLOCK: tl.
                 x2 = lo + 0.5 * (hi - lo)
                 x3 = lo + 0.75 * (hi - lo)
             if searching:
-                v1, v2, third = _largest_below(row, vocab, hi, BLOCK)
+                v1, v2, third = _largest_below(row, vocab, hi, BLOCK, SUMS)
     return lo, hi, above, from_lo - above

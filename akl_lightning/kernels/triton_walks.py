@@ -7,7 +7,7 @@ Names are those of triton.py: ``e_s``, ``e_t`` and ``d`` of its algebra are ``es
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from akl_lightning.kernels.triton_common import jit, load, max_of_four, three_largest, tl
+from akl_lightning.kernels.triton_common import jit, largest, load, summed, three_largest, tl
 
 
 @jit
@@ -28,44 +28,44 @@ def _difference(s, t):
 
 
 @jit
-def _sum_up(s, t, s_ref, t_ref, c, ls, lt, lh, fk, rk, s_top, v1, v2, v3, SOFTENED: tl.constexpr):
-    s_top = tl.maximum(s_top, max_of_four(s))
-    v1, v2, v3 = three_largest(t, v1, v2, v3)
+def _sum_up(s, t, s_ref, t_ref, c, ls, lt, lh, fk, rk, s_top, v1, v2, v3, SOFTENED: tl.constexpr, SUMS: tl.constexpr):
+    s_top = tl.maximum(s_top, largest(s, SUMS))
+    v1, v2, v3 = three_largest(t, v1, v2, v3, SUMS)
     s -= s_ref
     t -= t_ref
     es = tl.exp2(s * c)
     et = tl.exp2(t * c)
     d = _difference(s, t)
-    ls += es
-    lt += et
+    ls += summed(es, SUMS)
+    lt += summed(et, SUMS)
     if SOFTENED:
-        lh += tl.exp2(s * 1.4426950408889634)
-    fk += tl.where(et > 0, d, 0.0) * et
-    rk += tl.where(es > 0, d, 0.0) * es
+        lh += summed(tl.exp2(s * 1.4426950408889634), SUMS)
+    fk += summed(tl.where(et > 0, d, 0.0) * et, SUMS)
+    rk += summed(tl.where(es > 0, d, 0.0) * es, SUMS)
     return ls, lt, lh, fk, rk, s_top, v1, v2, v3
 
 
 @jit
-def sums(S, T, vocab, s_ref, t_ref, c, SOFTENED: tl.constexpr, BLOCK: tl.constexpr):
+def sums(S, T, vocab, s_ref, t_ref, c, SOFTENED: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr):
     lane = tl.arange(0, BLOCK)
-    zero = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([SUMS], tl.float32)
     lowest = tl.full([BLOCK], float("-inf"), tl.float32)
     ls, lt, lh, fk, rk = zero, zero, zero, zero, zero
     v1, v2 = lowest, lowest
-    s_top, v3 = max_of_four(lowest), max_of_four(lowest)
+    s_top, v3 = largest(lowest, SUMS), largest(lowest, SUMS)
     blocks = vocab // BLOCK
     if blocks * BLOCK < vocab:
         rest = blocks * BLOCK + lane
         s = load(S, rest, vocab, True, "")
         t = load(T, rest, vocab, True, "")
         ls, lt, lh, fk, rk, s_top, v1, v2, v3 = _sum_up(
-            s, t, s_ref, t_ref, c, ls, lt, lh, fk, rk, s_top, v1, v2, v3, SOFTENED
+            s, t, s_ref, t_ref, c, ls, lt, lh, fk, rk, s_top, v1, v2, v3, SOFTENED, SUMS
         )
     for i in range(0, blocks):
         s = load(S, i * BLOCK + lane, vocab, False, "")
         t = load(T, i * BLOCK + lane, vocab, False, "")
         ls, lt, lh, fk, rk, s_top, v1, v2, v3 = _sum_up(
-            s, t, s_ref, t_ref, c, ls, lt, lh, fk, rk, s_top, v1, v2, v3, SOFTENED
+            s, t, s_ref, t_ref, c, ls, lt, lh, fk, rk, s_top, v1, v2, v3, SOFTENED, SUMS
         )
     return ls, lt, lh, fk, rk, s_top, v1, v2, v3
 
@@ -73,7 +73,7 @@ def sums(S, T, vocab, s_ref, t_ref, c, SOFTENED: tl.constexpr, BLOCK: tl.constex
 @jit
 def sum_gaps(
     s, t, s_ref, t_ref, c, scale, per_t, per_s, ratio, log_ratio, lo, hi, share, top, a, b,
-    total, head, best, value, slope, PAIR: tl.constexpr,
+    total, head, best, value, slope, PAIR: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     es = tl.exp2((s - s_ref) * c)
     et = tl.exp2((t - t_ref) * c)
@@ -83,11 +83,11 @@ def sum_gaps(
         p = et * per_t
         q = es * per_s
         g, qc = PAIR(((t - t_ref) - (s - s_ref)) * scale - log_ratio, p, q, a, b)
-        value += g
-        slope += qc
-    total += gap
-    head += tl.where(t >= hi, gap, tl.where(t >= lo, gap * share, 0.0))
-    best = tl.maximum(best, max_of_four(tl.where(t == top, s, float("-inf"))))
+        value += summed(g, SUMS)
+        slope += summed(qc, SUMS)
+    total += summed(gap, SUMS)
+    head += summed(tl.where(t >= hi, gap, tl.where(t >= lo, gap * share, 0.0)), SUMS)
+    best = tl.maximum(best, largest(tl.where(t == top, s, float("-inf")), SUMS))
     return total, head, best, value, slope
 
 

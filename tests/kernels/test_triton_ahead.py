@@ -16,21 +16,23 @@ from akl_lightning.kernels import triton as kernel
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 INTEGERS = ("vocab", "rows", "s_stride", "t_stride", "g_stride", "within", "adaptive")
-ALIGNED = ("S", "T", "G", "LABELS", "OUT", "s_stride", "t_stride", "g_stride")
+ALIGNED = ("LABELS", "OUT")
+IN_ROWS = ("S", "T", "G", "s_stride", "t_stride", "g_stride")
 
 
 def registers_and_stack(
     folder: Path, architecture: int, pair: str | None = None, vocab: int = 151_936, softened: bool = False,
-    gradient: str | None = "bf16", logits: str = "fp32", teacher: bool = True,
+    gradient: str | None = "bf16", logits: str = "fp32", teacher: bool = True, aligned: bool = True,
 ) -> tuple[int, int]:  # fmt: skip
     """Registers a thread and bytes of stack, where spilled registers go."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = kernel._compare if teacher else kernel._cross_entropy
-    block, warps = kernel._launch(vocab, pair is not None and softened)
+    block, warps = kernel._launch(vocab)
     constants: dict[str, Any] = {
         "PAIR": kernel.PAIRS.get(pair), "SOFTENED": softened, "GRADIENT": gradient is not None, "BLOCK": block,
+        "SUMS": block // 4 if aligned else block,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32"}
@@ -41,8 +43,9 @@ def registers_and_stack(
         else "fp32"
         for name in function.arg_names
     }  # fmt: skip
-    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if name in ALIGNED}
-    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    divisible = {*ALIGNED, *(IN_ROWS if aligned else ())}
+    known = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if name in divisible}
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, known)
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     file = folder / "kernel.cubin"
@@ -61,6 +64,7 @@ VARIANTS = [
     {"architecture": 90, "gradient": None},
     {"architecture": 90, "logits": "bf16"},
     {"architecture": 90, "vocab": 2000, "gradient": "fp32"},
+    {"architecture": 90, "pair": "jensen_shannon", "softened": True, "aligned": False},
     {"architecture": 90, "teacher": False},
 ]
 
