@@ -56,8 +56,8 @@ class DistillationCriterion(nn.Module):
             Cross entropy is not softened.
         ignore_index: label of the positions that are no response positions.
         chunk_size: tokens whose logits exist at a time; None for as many as suit the device: on a CPU those with logits
-            of 64 MiB, elsewhere as many as have logits and gradients of 3 GiB, 4,096 at most. It changes speed and
-            memory, not the result.
+            of 64 MiB, elsewhere 2,048, or fewer if their logits and gradients would take more than 3 GiB. It changes
+            speed and memory, not the result.
 
     Raises:
         UsageError: a value out of its range, or a divergence that is none.

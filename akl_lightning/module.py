@@ -44,10 +44,10 @@ ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 class DistillationModule(LightningModule):
     """Distil a frozen teacher into a student.
 
-    The loss returned by :meth:`training_step` is a *sum* over the response tokens of the micro-batch. Once per
-    optimizer step the gradients are divided by the number of response tokens of the whole step, over micro-batches
-    and ranks, before any callback, hook or clipping sees them: the same samples give the same update however they are
-    split. A subclass that adds a loss of its own adds a sum over tokens too.
+    The loss that a step returns is a *sum* over the response tokens of the micro-batch. Once per optimizer step the
+    gradients are divided by the response tokens of the whole step, over micro-batches and ranks, before any callback,
+    hook or clipping sees them: the same samples give the same update however they are split. A subclass that adds a
+    loss of its own adds a sum over tokens too.
 
     Logged: ``{train,val,test}/{loss,divergence,cross_entropy,fkl,rkl,head_error,tail_error,head_weight,
     top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step. Of a mixture
@@ -86,8 +86,7 @@ class DistillationModule(LightningModule):
             samples see nothing of each other.
         activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
             on any number of devices.
-        save_frozen: keep in checkpoints, too, what is frozen and lies under the student's name; where it is left out, a
-            checkpoint knows it by its digest.
+        save_frozen: keep in checkpoints what is frozen and lies under the student's name; else they hold its digest.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.

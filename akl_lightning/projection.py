@@ -28,9 +28,9 @@ from akl_lightning.products import MULTIPLE, add_product, columns_for, in_range,
 _CPU_BYTES = 2**26
 """Memory of a chunk's logits on each side, on a CPU; the products gain little from larger ones."""
 
-_ROWS, _MULTIPLE, _BYTES = 4096, 128, 3 * 2**30
-"""Tokens of a chunk elsewhere (of 50,257 outputs on an H100, 4,096 are 3 % faster than 2,048, 1,024 9 % slower), a
-multiple of this where they are many; and what its logits and gradients may take: 2,048 tokens of 151,936."""
+_ROWS, _BYTES = 2048, 3 * 2**30
+"""Tokens of a chunk elsewhere (on an H100, 1,024 were 5 to 9 % slower, 4,096 of 50,257 outputs 3 % faster and 2,432 of
+128,256 slower), and what all of its logits and their gradients may take."""
 
 
 class Compare(Protocol):
@@ -151,8 +151,7 @@ def _rows(vocab: int, dtype: torch.dtype, device: torch.device, sides: int) -> i
     """How many tokens make a chunk."""
     if device.type == "cpu":
         return max(1, _CPU_BYTES // (dtype.itemsize * vocab))
-    rows = min(_ROWS, _BYTES // ((dtype.itemsize * sides + 2) * vocab))  # two bytes for the gradient
-    return max(1, rows - rows % _MULTIPLE)
+    return max(1, min(_ROWS, _BYTES // ((dtype.itemsize * sides + 2) * vocab)))  # two bytes for the gradient
 
 
 class _GradientInForward(torch.autograd.Function):

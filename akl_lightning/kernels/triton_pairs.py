@@ -58,7 +58,8 @@ def skew_reverse_kl(r, p, q, a, b):
 
 @jit
 def total_variation(r, p, q, a, b):
-    return tl.abs(p - q) * 0.5, tl.where(r > 0, -0.5 * q, tl.where(r < 0, 0.5 * q, 0.0))
+    # By the ratio: a fused multiply-add may round equal p and q apart.
+    return tl.where(r == 0, 0.0, tl.abs(p - q) * 0.5), tl.where(r > 0, -0.5 * q, tl.where(r < 0, 0.5 * q, 0.0))
 
 
 PAIRS: dict[str | None, Callable[..., Any]] = {
