@@ -32,8 +32,8 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import said_by_rank_0
-from akl_lightning.teachers.base_model import BASE
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
+from akl_lightning.teachers.live import LiveTeacher
 
 Found = TypeVar("Found", bound=Callback)
 
@@ -216,11 +216,13 @@ def distill(cli: RunCLI) -> None:
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
     say("[bold]The student after distillation, and the teacher")
     look_at("student after", module)
-    # In the student's place, compared with itself.
-    source, trusted = cli.config.model.teacher, cli.config.model.trust_remote_code
-    if source == BASE:
+    # In the student's place, compared with itself; it lies in memory but once.
+    if isinstance(module.teacher, LiveTeacher):
+        module.student = module.teacher.model
+    else:
         source = module.student.model.get_base_model().name_or_path
-    look_at("teacher", DistillationModule(source, source, trust_remote_code=trusted))
+        module = DistillationModule(source, source, trust_remote_code=cli.config.model.trust_remote_code)
+    look_at("teacher", module)
     if trainer.is_global_zero:
         report(run, rows, answers, trainer)
 

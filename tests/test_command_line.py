@@ -286,8 +286,8 @@ def test_what_costs_little_is_looked_at_before_a_model_is_loaded(
 
     (folder / "old").mkdir()
     (folder / "old/last.ckpt").write_text("of another run")
-    for name in ("load_causal_lm", "LiveTeacher"):
-        monkeypatch.setattr(f"akl_lightning.module.{name}", refuse)
+    for name in ("module.load_causal_lm", "teachers.choose.LiveTeacher"):
+        monkeypatch.setattr(f"akl_lightning.{name}", refuse)
     assert akl(monkeypatch, "fit", *RUN, *arguments) == 2
     assert message in capsys.readouterr().err.split("error: ")[1]
 

@@ -55,6 +55,14 @@ def reserve(path: Path) -> FileLock:
     return lock
 
 
+def give_back(path: Path, lock: FileLock) -> None:
+    """Let another run have the folder; where nothing was written to it, none is left."""
+    lock.release()
+    if {file.name for file in path.glob("*")} <= {".lock"}:
+        (path / ".lock").unlink(missing_ok=True)
+        path.rmdir()
+
+
 def begin(path: Path, manifest: dict[str, Any], head: bytes) -> None:
     """Write what a cache has before its first shard: the manifest, unfinished, and the output layer, if there is one.
 

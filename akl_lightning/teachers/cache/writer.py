@@ -25,8 +25,8 @@ from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
 from akl_lightning.projection import Logits, Projection
+from akl_lightning.teachers.cache import folder
 from akl_lightning.teachers.cache.codecs import find_codec
-from akl_lightning.teachers.cache.folder import begin, check_is_cache, check_same, reserve, write_file, write_manifest
 from akl_lightning.teachers.cache.format import (
     FORMAT,
     HEAD,
@@ -111,16 +111,16 @@ class CacheWriter(LightningModule):
         self._tokens = 0
         self._mistake: Exception | None = None  # of this rank's work
         with ending_together(self.trainer):
-            check_is_cache(self.path)
+            folder.check_is_cache(self.path)
             if self.trainer.is_global_zero:
-                self._lock = reserve(self.path)
+                self._lock = folder.reserve(self.path)
         # Where the strategy shards, no rank ever holds the whole of it.
         self.teacher.load(data_parallel_mesh(self.trainer.strategy))
         head = self._describe()
         with ending_together(self.trainer):
-            check_same(self.path, self._manifest)
+            folder.check_same(self.path, self._manifest)
             if self.trainer.is_global_zero:
-                begin(self.path, self._manifest, head)
+                folder.begin(self.path, self._manifest, head)
         self._take_complete_shards()
         self.trainer.strategy.barrier("nobody writes before all have looked")
         if self.trainer.progress_bar_callback is not None:  # ours counts tokens
@@ -334,7 +334,7 @@ class CacheWriter(LightningModule):
         tensors["offsets"] = torch.tensor([0, *np.cumsum(self._counts).tolist()])
         content = save(tensors)
         checksum = digest(content)
-        write_file(self.path / shard_name(checksum), content)
+        folder.write_file(self.path / shard_name(checksum), content)
         self._written.append(shard_entry(self.path / shard_name(checksum), checksum, len(self._digests), self._tokens))
         self._digests, self._counts, self._parts, self._tokens = [], [], [], 0
 
@@ -365,13 +365,13 @@ class CacheWriter(LightningModule):
             "tokens": sum(entry["tokens"] for entry in shards),
             "digest": digest(unique.tobytes()),
         }
-        write_manifest(self.path, {**self._manifest, "complete": True, "shards": shards})
+        folder.write_manifest(self.path, {**self._manifest, "complete": True, "shards": shards})
 
     def close(self) -> None:
         """Let another run have the folder, and messages a line of their own."""
         self._bar.close()
         if self._lock is not None:
-            self._lock.release()
+            folder.give_back(self.path, self._lock)
 
     # ----------------------------------------------------------------------------------------------------------------
 
