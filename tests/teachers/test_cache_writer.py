@@ -82,7 +82,7 @@ from akl_lightning.data.sources import JsonLines
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 writer = CacheWriter("teacher", "cache", shard_tokens=40)
-writer.teacher.model.model.transformer.register_forward_hook(lambda *_: time.sleep(0.5))
+writer.teacher.read().model.transformer.register_forward_hook(lambda *_: time.sleep(0.5))
 data = InstructionDataModule("teacher", JsonLines("pairs.jsonl"), **{sizes})
 write_cache(writer, data, Trainer(accelerator="cpu", logger=False))
 """
