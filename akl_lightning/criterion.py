@@ -11,22 +11,10 @@ from akl_lightning import functional as F
 from akl_lightning import kernels
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.pairs import STATISTICS as STATISTICS
 from akl_lightning.kernels.pairs import Comparison
 from akl_lightning.kernels.reference import rows_at_a_time
 from akl_lightning.projection import Logits, TopLogProbs, project_and_compare
-
-STATISTICS = (
-    "loss",
-    "divergence",
-    "cross_entropy",
-    "fkl",
-    "rkl",
-    "head_gap",
-    "tail_gap",
-    "head_weight",
-    "top1_agreement",
-)
-"""Names of the per-token statistics. Without a teacher only ``loss`` and ``cross_entropy`` exist."""
 
 
 class CriterionOutput(NamedTuple):

@@ -26,6 +26,12 @@ Weight = Tensor | float
 Pair = Callable[[Tensor, Tensor, Tensor, Weight, Weight], tuple[Tensor, Tensor]]
 
 
+STATISTICS = (
+    "loss", "divergence", "cross_entropy", "fkl", "rkl", "head_gap", "tail_gap", "head_weight", "top1_agreement",
+)  # fmt: skip
+"""Names of the per-token statistics. Without a teacher only ``loss`` and ``cross_entropy`` exist."""
+
+
 class Comparison(NamedTuple):
     """How the logits of student and teacher are to be compared."""
 

@@ -25,15 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from akl_lightning.kernels.pairs import Comparison
+from akl_lightning.kernels.pairs import STATISTICS, Comparison
 from akl_lightning.kernels.triton_common import INTERPRETED, jit, load, tl, triton
 from akl_lightning.kernels.triton_head import crossing
 from akl_lightning.kernels.triton_pairs import PAIRS
 from akl_lightning.kernels.triton_walks import gradient_of, reference, slope_without_masked, sum_gaps, sums
 
-STATISTICS = (
-    "loss", "divergence", "cross_entropy", "fkl", "rkl", "head_gap", "tail_gap", "head_weight", "top1_agreement",
-)  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -18,7 +18,7 @@ from akl_lightning.evaluation import answers
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.runs import claim_run
-from akl_lightning.teachers.cache import writer
+from akl_lightning.teachers.cache import folder as cache_folder
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from tests.conftest import QUIET
 from tests.distributed.training import data_of, launch, prepare
@@ -65,15 +65,15 @@ def on_two(rank: int, folder: Path) -> None:
     found["answers, another run"] = ends(lambda: answer("held.jsonl"))
     found["answers, no folder"] = ends(lambda: answer("file/a.jsonl"))
     found["cache, no folder"] = ends(lambda: cache("file/cache"))
-    sync, write = answers.os.fsync, writer.write_file
+    sync, write = answers.os.fsync, cache_folder.write_file
     if rank == 1:
         answers.os.fsync = full_disk
     found["answers, full disk"] = ends(lambda: answer("full.jsonl"))
     answers.os.fsync = sync
     if rank == 1:
-        writer.write_file = refuse
+        cache_folder.write_file = refuse
     found["cache, full disk"] = ends(lambda: cache("full"))
-    writer.write_file = write
+    cache_folder.write_file = write
     found["cache, again"] = ends(lambda: cache("full"))
     torch.distributed.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(found))
