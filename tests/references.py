@@ -12,7 +12,7 @@ from torch import Tensor
 def logits(x: Tensor) -> Tensor:
     """In float64, with -inf for what counts as masked."""
     lowest = -65504 if x.dtype == torch.float16 else -3.38e38
-    return x.detach().cpu().double().masked_fill(x.cpu().float() <= lowest, -torch.inf)
+    return x.detach().double().masked_fill(x.float() <= lowest, -torch.inf)
 
 
 def xlog(x: Tensor, m: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def compare(
     temperature: float = 1.0, mu: float = 0.5, head_rule: str = "cover",
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
     """Statistics ``[rows]``, the gradient of the summed loss, and which rows' heads rounding may decide."""
-    s, t, labels = logits(student).requires_grad_(), logits(teacher), labels.cpu()
+    s, t = logits(student).requires_grad_(), logits(teacher)
     log_q, log_p = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
     p, q = log_p.exp(), log_q.detach().exp()
     heads = [membership(*row, mu, head_rule) for row in zip(t, p, strict=True)]
@@ -107,4 +107,8 @@ def compare(
         "fkl": forward_kl(log_p, log_q), "rkl": reverse_kl(log_p, log_q),
         "head_gap": head_gap, "tail_gap": tail_gap, "head_weight": weight, "top1_agreement": top.double(),
     }  # fmt: skip
-    return {k: v.detach() for k, v in statistics.items()}, gradient, torch.tensor([close for _, close in heads])
+    return (
+        {k: v.detach() for k, v in statistics.items()},
+        gradient,
+        torch.tensor([close for _, close in heads], device=s.device),
+    )

@@ -20,7 +20,7 @@ from akl_lightning import criterion
 from akl_lightning.kernels import pairs, triton_head
 from akl_lightning.kernels import triton as kernel
 from akl_lightning.kernels.pairs import Comparison
-from tests.kernels import dense
+from tests import references
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -117,7 +117,7 @@ def check(
 
     Rows whose heads rounding may decide are left out of what depends on the head, and may be this share of all.
     """
-    right, gradient, unsure = dense.compare(s, t, y, *how)
+    right, gradient, unsure = references.compare(s, t, y, *how)
     into = empty(s) if into is None else into
     ours = kernel.compare(s, t, y, how, into, launch(s.device.type))
     assert unsure.double().mean() <= ambiguous
@@ -180,7 +180,7 @@ def test_a_student_near_its_teacher(name: str, divergence: float, tolerance: flo
     s = t + math.sqrt(2 * divergence) * torch.randn(t.shape)
     s, t, y = padded(s.to(device)), padded(t.to(device)), torch.zeros(len(s), dtype=torch.long, device=device)
     how = Comparison(name, PAIRS[name], alpha=1.0)
-    right, gradient, unsure = dense.compare(s, t, y, *how)
+    right, gradient, unsure = references.compare(s, t, y, *how)
     assert divergence / 2 < right["fkl"].mean() < divergence * 2 and unsure.double().mean() <= 0.1
     into = empty(s)
     ours = kernel.compare(s, t, y, how, into, launch(device))
@@ -212,7 +212,7 @@ def test_heads_of_many_tokens(head_rule: str, calls: Counter[str], device: str) 
     s, t, y = batch("flat", device)
     how = Comparison("adaptive_kl", mu=0.5, head_rule=head_rule)
     check(s, t, y, how, ambiguous=1.0)
-    right, _, _ = dense.compare(s, t, y, *how)
+    right, _, _ = references.compare(s, t, y, *how)
     ours = kernel.compare(s, t, y, how, empty(s), launch(device))
     assert 0.05 < right["head_weight"].mean() < 0.95
     close(ours["head_gap"], right["head_gap"])
@@ -222,7 +222,10 @@ def test_heads_of_many_tokens(head_rule: str, calls: Counter[str], device: str) 
 
 def fullest_lane(t: Tensor, how: Comparison) -> Tensor:
     """The most tokens of the head that a lane has, ``[rows]``."""
-    heads = [dense.membership(dense.logits(x), dense.logits(x).softmax(-1), how.mu, how.head_rule)[0] > 0 for x in t]
+    heads = [
+        references.membership(references.logits(x), references.logits(x).softmax(-1), how.mu, how.head_rule)[0] > 0
+        for x in t
+    ]
     block = BLOCK[t.device.type]
     room = torch.nn.functional.pad(torch.stack(heads).long(), (0, -t.shape[1] % block))
     return room.view(len(t), -1, block).sum(1).amax(1)
@@ -313,7 +316,7 @@ def test_what_is_no_number_is_noticed(value: float, side: int, device: str) -> N
 @on_each_device
 def test_in_place_in_rows_of_any_stride(device: str) -> None:
     s, t, y = batch("near apart", device)
-    right, gradient, _ = dense.compare(s, t, y, "adaptive_kl")
+    right, gradient, _ = references.compare(s, t, y, "adaptive_kl")
     wide = torch.full((len(s), s.shape[1] + 13), 7.0, device=device)
     inside = wide[:, 5:-8].copy_(s)
     ours = kernel.compare(inside, t, y, Comparison("adaptive_kl"), inside, launch(device))
@@ -388,7 +391,7 @@ def test_small_vocabularies(device: str) -> None:
     for vocab in (1, 2, 63, 64, 1100):
         s, t = (padded(torch.randn(2, vocab, device=device)) for _ in range(2))
         y = torch.zeros(2, dtype=torch.long, device=device)
-        right, gradient, _ = dense.compare(s, t, y, "adaptive_kl")
+        right, gradient, _ = references.compare(s, t, y, "adaptive_kl")
         into = empty(s)
         ours = kernel.compare(s, t, y, Comparison("adaptive_kl"), into)
         close(ours["loss"], right["loss"])
