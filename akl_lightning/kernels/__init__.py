@@ -6,13 +6,8 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from akl_lightning.kernels import reference
+from akl_lightning.kernels import reference, triton
 from akl_lightning.kernels.pairs import Comparison
-
-try:
-    from akl_lightning.kernels import triton  # type: ignore[attr-defined, unused-ignore]
-except ImportError:
-    triton = None  # type: ignore[assignment, unused-ignore]
 
 
 def compare(
@@ -20,7 +15,7 @@ def compare(
 ) -> dict[str, Tensor]:
     """Compare student and teacher at every row; see :func:`akl_lightning.kernels.reference.compare`."""
     if student.is_cuda:
-        if triton is not None and triton.supports(student, teacher):
+        if triton.supports(student, teacher):
             return triton.compare(student, teacher, labels, how, gradient)
         _say_that_it_is_slow(str(student.dtype), student.shape[-1])
     return reference.compare(student, teacher, labels, how, gradient)

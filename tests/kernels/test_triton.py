@@ -222,10 +222,8 @@ def test_heads_of_many_tokens(head_rule: str, calls: Counter[str], device: str) 
 
 def fullest_lane(t: Tensor, how: Comparison) -> Tensor:
     """The most tokens of the head that a lane has, ``[rows]``."""
-    heads = [
-        references.membership(references.logits(x), references.logits(x).softmax(-1), how.mu, how.head_rule)[0] > 0
-        for x in t
-    ]
+    rows = [references.logits(x) for x in t]
+    heads = [references.membership(x, x.softmax(-1), how.mu, how.head_rule)[0] > 0 for x in rows]
     block = BLOCK[t.device.type]
     room = torch.nn.functional.pad(torch.stack(heads).long(), (0, -t.shape[1] % block))
     return room.view(len(t), -1, block).sum(1).amax(1)
