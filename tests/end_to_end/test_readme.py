@@ -21,6 +21,9 @@ from tests.evaluation.judge_server import Server, well, write
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+GUIDES = (ROOT / "recipes/README.md").read_text()
+EVIDENCE = (ROOT / "recipes/results/README.md").read_text()
+ALL = "\n".join((README, GUIDES, EVIDENCE))
 
 
 def test_the_two_commands_stand_at_the_top_each_on_one_line() -> None:
@@ -35,16 +38,31 @@ def test_python_examples_run(tokenizer: PreTrainedTokenizerFast, corpus: str, tm
     folder = tmp_path / "model"
     gpt2(16, positions=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```", ALL, re.M | re.S)
     script = "\n".join(blocks).replace("path/or/hub/name", str(folder)).replace("max_epochs=3", "max_epochs=1")
     assert "Hellinger" in script and "Trainer(max_epochs=1" in script
-    (tmp_path / "example.py").write_text(script)
+    (tmp_path / "example.py").write_text(script + USED)
     result = subprocess.run(
         [python(), "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads((tmp_path / "student/config.json").read_text())["model_type"] == "gpt2"
 
+
+USED = """
+if __name__ == "__main__":
+    from transformers import TrainingArguments
+
+    batch = next(data.samples("train", 4))
+    before = {name: weight.clone() for name, weight in student.named_parameters()}
+    assert 0 <= train_on(batch) <= 1
+    assert all(not weight.equal(before[name]) for name, weight in student.named_parameters())
+    settings = TrainingArguments("huggingface", per_device_train_batch_size=2, max_steps=2, report_to=[], use_cpu=True)
+    rows = [{name: batch[name][row] for name in ("input_ids", "attention_mask", "labels")} for row in range(4)]
+    trained = DistillationTrainer(student.model, settings, train_dataset=rows).train()
+    assert 0 < trained.training_loss < 20
+"""
+"""Stands behind the examples in Python, and uses what they only define."""
 
 BUDGET = {
     "model": {"max_new_tokens": 4},
@@ -86,7 +104,7 @@ def judge() -> Iterator[Server]:
 def affordable(line: str) -> str:
     """What of a command is run here."""
     command, _, comment = line.partition("  #")
-    command = re.sub(r"^torchrun .*?(?=recipes/)", "python ", command).replace(" fit ... ", " fit --config run.yaml ")
+    command = re.sub(r"^torchrun --nnodes .*?(?=recipes/)", "python ", command).replace(" fit ... ", " fit --config run.yaml ")
     if command.startswith("transformers serve"):
         return "true"  # another server is there
     if any(sign in command for sign in ONLY_ITS_OPTIONS):
@@ -99,7 +117,7 @@ def affordable(line: str) -> str:
 def test_shell_examples_run(clone: Path, judge: Server, program: str) -> None:
     """The blocks with this program, one after another, as a reader would run them."""
     home = {"HOME": str(clone / "home"), "PATH": f"{warm()}{os.pathsep}{os.environ['PATH']}"}
-    blocks = [block for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) if program in block]
+    blocks = [block for block in re.findall(r"^```bash\n(.*?)^```", ALL, re.M | re.S) if program in block]
     assert len(blocks) > 5
     for block in blocks:
         lines = re.sub(r" *\\\n *", " ", block).splitlines()
@@ -122,7 +140,7 @@ def test_the_messages_are_those_of_the_code() -> None:
     # As one text: without the quotes, line breaks and indentation in the middle of a sentence.
     code = "".join(re.sub(r'"\n\s*f?"', "", path.read_text()) for path in root.rglob("*.py"))
     code = re.sub(r"\{[^{}\n]*\}", "*", code)
-    section = README.split("## What a message means")[1].split("\n## ")[0]
+    section = GUIDES.split("## What a message means")[1].split("\n## ")[0]
     messages = re.findall(r"^\| `([^`]+)` \|", section, re.M)
     assert len(messages) > 10
     for message in messages:
