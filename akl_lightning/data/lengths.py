@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
-from akl_lightning.data.chat import Encoded, SampleError
+from akl_lightning.data.chat import Encoded
+from akl_lightning.data.rendering import SampleError
 
 Record = Mapping[str, Any]
 """A row of :data:`~akl_lightning.data.records.RECORD_FEATURES`."""
@@ -37,6 +39,11 @@ class Lengths:
         """Tokens that a prompt may have."""
         return self.max_length - 1 if self.max_prompt_length is None else self.max_prompt_length
 
+    @property
+    def bound(self) -> str:
+        """The setting that bounds prompts."""
+        return "data.max_length" if self.max_prompt_length is None else "data.max_prompt_length"
+
 
 @dataclass
 class Fitted:
@@ -65,6 +72,11 @@ class Fitted:
 
     prompt: str = ""
     prompt_ids: list[int] = field(default_factory=list)
+
+    in_pieces: bool = False
+    """As :class:`~akl_lightning.data.chat.Encoded` says it; so is the next."""
+
+    tools_left_out: bool = False
 
 
 def fit(records: Sequence[Record], encode: Encode, lengths: Lengths) -> list[Fitted]:
@@ -121,25 +133,25 @@ def _leave_out_none(messages: list[Any], encoded: Encoded, lengths: Lengths) -> 
 def _leave_out_last(messages: list[Any], encoded: Encoded, lengths: Lengths) -> list[Any] | None:
     """The messages up to the last learnt turn of which something fits, or None where that is the last one."""
     inside = [turn for turn, (start, _) in zip(encoded.turns, encoded.spans, strict=True) if start < lengths.max_length]
-    if not inside or inside[-1] == encoded.turns[-1]:
-        return None
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not inside or inside[-1] + 1 >= len(spoken) or inside[-1] == encoded.turns[-1]:
+        return None
     return messages[: spoken[inside[-1]] + 1]
 
 
 def _leave_out_first(messages: list[Any], encoded: Encoded, lengths: Lengths) -> list[Any] | None:
-    """The messages from the first user's with which all fits, behind the system's, or None where no more can go."""
+    """The messages from the first question with which all fits, behind the system's, or None where no more can go."""
     excess = max(_length(encoded) - lengths.max_length, len(encoded.prompt_ids) - lengths.longest_prompt)
     head = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
-    last = len(messages)
-    if encoded.spans:  # without an answer behind it, a question is none to learn from
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    begins = [index for index in range(head + 1, last) if messages[index]["role"] == "user"]
-    if excess <= 0 or not begins:
+    pairs = enumerate(pairwise(message["role"] for message in messages), 1)
+    questions = [index for index, roles in pairs if roles == ("assistant", "user")]
+    if excess <= 0 or not questions:
         return None
-    starts = encoded.starts
-    enough = (index for index in begins if starts[index] - starts[head] >= excess)
-    return messages[:head] + messages[next(enough, begins[-1]) :]
+    begins, *starts = encoded.starts
+    # Where it is not known where they stand, one after the other.
+    enough = [index for index, start in zip(questions, starts, strict=False) if start - begins >= excess]
+    known = len(starts) == len(questions)
+    return messages[:head] + messages[(enough or questions[-1:])[0] if known else questions[0] :]
 
 
 _LEAVE_OUT = {"drop": _leave_out_none, "end": _leave_out_last, "start_turns": _leave_out_first}
@@ -158,6 +170,7 @@ def _row(record: Record, encoded: Encoded, whole: int, note: str, lengths: Lengt
         note = note or "response"
     spans = [(start, min(stop, end)) for start, stop in encoded.spans if start < end]
     row = Fitted(record, whole, note, spans=spans, turns=list(encoded.turns[: len(spans)]))
+    row.in_pieces, row.tools_left_out = encoded.in_pieces, encoded.tools_left_out
     row.input_ids = list(encoded.input_ids[: spans[-1][1]] if spans else encoded.prompt_ids)
     if prompt <= lengths.longest_prompt:  # else it is not asked
         row.prompt, row.prompt_ids = encoded.prompt, list(encoded.prompt_ids)
@@ -182,4 +195,6 @@ def _blocks(record: Record, encoded: Encoded, max_length: int) -> Iterator[Fitte
             if first < stop and last > start + 1
         ]
         note = "block" if whole > max_length else ""
-        yield Fitted(record, whole, note, bool(learnt), list(ids[start:stop]), learnt, [0] * len(learnt))
+        row = Fitted(record, whole, note, bool(learnt), list(ids[start:stop]), learnt, [0] * len(learnt))
+        row.in_pieces = encoded.in_pieces
+        yield row
