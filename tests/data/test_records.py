@@ -207,7 +207,7 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
         ({"messages": "hello"}, "line 7: the field 'messages' is a text and no JSON of a list"),
         ({"messages": {"role": "user"}}, "line 7: the field 'messages' is no list but"),
         ({"messages": ["a"]}, "line 7: message 1 is no object but 'a'"),
-        ({"messages": [{"role": "narrator", "content": "a"}]}, "line 7: message 1 has the unknown role 'narrator': use"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "line 7: message 1 has the unknown role 'narrator'"),
         ({"conversations": [{"from": "pope", "value": "a"}]}, "line 7: message 1 has the unknown role 'pope'"),
         ({"messages": [{"content": "a"}]}, "line 7: message 1 has no role"),
         ({"messages": [{"role": "user", "content": None}]}, r"line 7: message 1 \(user\) has no content"),
