@@ -74,7 +74,7 @@ def read_json(path: Path, columns: set[str] | None = None) -> Iterator[Found]:
     try:
         with _opened(path) as file:
             array_begins = _begins_with_an_array(path, file)
-            if ".json" in path.suffixes[-2:] and array_begins:
+            if array_begins and ending(path) in (".json", ".json.gz"):
                 for value, line in _elements(path, file):
                     yield _object(value, line, path)
                 return

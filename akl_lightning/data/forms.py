@@ -119,21 +119,20 @@ class _Record:
     def __init__(self, forms: Forms, record: Mapping[str, Any], where: str, notes: Counter) -> None:
         self.names = forms.names
         self.forms = forms
-        self.record = record
         self.given = {name: value for name, value in record.items() if not _absent(value)}
         self.where = where
         self.notes = notes
 
     def form(self) -> str:
         names, given = self.names, self.given
-        pair = names["instruction"] in given and names["output"] in self.record
+        pair = names["instruction"] in given and names["output"] in given
         if pair and self.forms._pair_is_named:
             form, used = "instruction", [names["instruction"], names["output"]]
         elif names["messages"] in given:
             form, used = "messages", [names["messages"]]
         elif "conversations" in given:
             form, used = "conversations", ["conversations"]
-        elif "prompt" in given and "completion" in self.record:
+        elif "prompt" in given and "completion" in given:
             form, used = "prompt_completion", ["prompt", "completion"]
         elif "chosen" in given and "prompt" in given:
             form, used = "preference", ["prompt"]
@@ -149,8 +148,6 @@ class _Record:
             self.refuse(f"fits no form, its fields are {', '.join(map(str, given)) or 'none'}: name them in the source")
         if form in ("text", "prompt"):
             self.expect_no_reply(used[0], used)
-        if form == "instruction" and names["output"] not in given and "chosen" in given:
-            form = "preference"
         if form == "preference":
             used.append("chosen")
         for name in self.forms._mains:

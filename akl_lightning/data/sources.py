@@ -54,7 +54,8 @@ class Files(Source):
     Args:
         path: a file, a folder with all below it, a pattern such as ``data/*.jsonl``, or several of them: what is split
             into train, validation and test, or is train where the others are given. Files of a folder whose names say
-            so (``test.jsonl``) are validation or test records, and a file that is given as one of these is not train.
+            so (``test.jsonl``) are validation or test records, and what is given as one of these is not train, unless
+            it is named here itself.
         validation_path: likewise, of validation records.
         test_path: likewise, of test records; it does without the others.
         instruction: field of the instruction.
@@ -112,14 +113,13 @@ class Files(Source):
         named: dict[str, list[Path]] = {"train": []}
         for path in self.paths["train"]:
             for file, split in self._below(path):
-                if file.resolve() not in held_out and file not in named["train"]:
+                given = file == Path(path).expanduser()
+                if (given or file.resolve() not in held_out) and file not in named["train"]:
                     named.setdefault(split, []).append(file)
         for split in ("validation", "test"):
             if split in named:
                 names = ", ".join(file.name for file in named[split])
-                rank_zero_info(
-                    f"{self.description}: {names} by name {'is' if len(named[split]) == 1 else 'are'} {split}"
-                )
+                rank_zero_info(f"{self.description}: {names} by name: {split} records")
                 found[split] = found.get(split, []) + named[split]
         if not named["train"]:
             raise UsageError(
