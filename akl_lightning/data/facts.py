@@ -18,6 +18,9 @@ class DataFacts:
     tokenizer: PreTrainedTokenizerBase | None = None
     """Whose tokens the batches hold."""
 
+    end_tokens: Sequence[int] | None = None
+    """Tokens with which a turn of the assistant ends, by the template."""
+
     max_length: int | None = None
     """Tokens of the longest sequence."""
 
@@ -32,9 +35,6 @@ class DataFacts:
 
     template_digest: str | None = None
     """What tells it from others."""
-
-    end_tokens: Sequence[int] | None = None
-    """With which of them a response ends."""
 
     source: Any = None
     """Where the samples come from, with a ``description``."""

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import check_writable
+from akl_lightning.data.encode import column
 from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -67,7 +68,7 @@ class AnswerEvaluation(Callback):
         assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
-        depends_on = [model, asdict(self.decoding), *_data(trainer).splits["test"]["prompt"]]
+        depends_on = [model, asdict(self.decoding), *column(_data(trainer).splits["test"], "prompt")]
         key = digest(json.dumps(depends_on).encode())[:8]
         self._file = AnswerFile(str(path).replace("{key}", key), model, self.decoding)
         self._file.open(trainer)
