@@ -264,8 +264,10 @@ class HubDataset(Source):
                     "through Files"
                 )
             elif path.is_file():
-                reason = "it is a file; give the folder that it lies in, and its name as data_files, or the file through "
+                reason = (
+                    "it is a file; give the folder that it lies in, and its name as data_files, or the file through "
                     "Files"
+                )
             else:
                 reason = (
                     "it is no local folder, and the hub has none of that name or cannot be reached; give the path of a "
