@@ -106,6 +106,8 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
         ``rouge_l`` in percent, the mean over seeds; with several seeds ``rouge_l_sd``, their standard deviation; and
         the figures of :func:`~akl_lightning.evaluation.diversity.diversity`.
     """
+    if not answers:  # documents alone
+        return {}
     scores = [
         rouge_l([record["answer"] for record in column], [record["references"] for record in column])
         for column in zip(*answers, strict=True)
