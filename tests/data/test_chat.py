@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,34 @@ def test_a_file_and_a_text(tmp_path: Path) -> None:
     assert from_file.encode(record(*TWO)) == from_text.encode(record(*TWO))
     assert from_file.digest == from_text.digest != Chat(tokenizer).digest
     assert Chat(tokenizer).template == "plain" and Chat(tokenizers.base()).template == "chat"
+
+
+def test_a_digest_tells_templates_apart_whatever_they_are_called() -> None:
+    tokenizer = tokenizers.base()
+    digests = [Chat(tokenizer, template).digest for template in ("chat", "chatml", "plain", "alpaca", ALPACA)]
+    digests += [Chat(tokenizer, learn="last_turn").digest, Chat(tokenizer, special_tokens_in_content=True).digest]
+    assert len(set(digests)) == len(digests)
+    assert Chat(tokenizer).digest == Chat(tokenizer, tokenizers.CHATML).digest
+    other = tokenizers.base(tokenizers.CHATML + "!")
+    assert Chat(other).digest != Chat(tokenizer).digest
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = tokenizers.base(
+        {"default": tokenizers.CHATML, "tool_use": "{{ bos_token }}{{ tools }}" + tokenizers.CHATML}
+    )
+    chat = Chat(tokenizer)
+    assert chat.encode(record(*ONE)).input_ids == tokenizer.apply_chat_template(list(ONE))["input_ids"]
+    expected = tokenizer.apply_chat_template(list(ONE), tools=json.loads(TOOLS))["input_ids"]
+    assert chat.encode(record(*ONE, tools=TOOLS)).input_ids == expected
+    tokenizer.chat_template = {"rag": tokenizers.CHATML, "tool_use": tokenizers.CHATML}
+    with pytest.raises(UsageError, match="the chat templates rag, tool_use and none called default"):
+        Chat(tokenizer)
+
+
+def test_it_goes_to_other_processes() -> None:
+    chat = Chat(tokenizers.mistral())
+    assert pickle.loads(pickle.dumps(chat)).encode(record(*TWO)) == chat.encode(record(*TWO))
 
 
 # --------------------------------------------------------------------------------------------------------------------
