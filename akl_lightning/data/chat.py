@@ -137,6 +137,11 @@ class Chat:
                 f"the chat template writes today's date: it is given {PINNED:%d %B %Y}, so that runs and caches agree "
                 "whenever they are made; another comes through data.template_arguments where the template takes one"
             )
+        if rendering.asks_otherwise:
+            rank_zero_info(
+                f"the chat template asks for an answer with {rendering.asks_otherwise!r}, behind which it does not write "
+                "one that is there: answers are learnt behind other tokens than they are asked for with"
+            )
         if self.tokenizer.eos_token_id is None:
             rank_zero_info("the tokenizer has no end-of-text token: documents end without one")
         if not rendering.ends:

@@ -287,6 +287,23 @@ def test_a_template_without_an_end_learns_the_end_of_text_after_the_last_turn() 
     assert (encoded.input_ids, labels(encoded)) == by_hand(tokenizer, said)
 
 
+def test_a_token_that_begins_a_turn_does_not_end_another() -> None:
+    """A template that ends nothing, whose heads are tokens, as some of small base models are."""
+    tokenizer = tokenizers.phi3()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    chat = Chat(tokenizer)
+    encoded = chat.encode(record(*TWO))
+    said = (
+        "<|user|>\nWhat is the capital?\n<|assistant|>\n⟦Paris.⟧\n"
+        "<|user|>\nAnd of Spain?\n<|assistant|>\n⟦Madrid.<|endoftext|>⟧"
+    )
+    assert (encoded.input_ids, labels(encoded)) == by_hand(tokenizer, said)
+    assert tokenizer.convert_ids_to_tokens(chat.end_tokens) == ["<|endoftext|>"]
+
+
 def test_a_file_and_a_text(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(tokenizers.CHATML)
@@ -610,6 +627,11 @@ def test_what_is_said_of_a_template(capsys: pytest.CaptureFixture, caplog: pytes
         assert not caplog.text
         Chat(tokenizers.llama3()).introduce()
     assert "writes a system prompt by itself" in caplog.text and "is given 26 July 2024" in caplog.text
+    assert "asks for an answer" not in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        Chat(tokenizers.base(tokenizers.CHATML.replace("assistant\n", "assistant\n<think>\n"))).introduce()
+    assert r"asks for an answer with" in caplog.text and r"assistant\n<think>\n'" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         Chat(tokenizers.llama3(), arguments={"date_string": "today"}).introduce()
