@@ -26,6 +26,10 @@ _ALSO_READ = (
 )
 
 
+_SAID_APART = {"role", "from", "content", "value"}
+"""Keys of a message that have one name here."""
+
+
 class Forms:
     """Reads records of any usual form; the forms may be mixed.
 
@@ -286,11 +290,9 @@ class _Record:
         at = f"message {number}"
         if not isinstance(given, dict):
             self.refuse(f"{at} is no object but {str(given)[:40]!r}")
-        given = {name: value for name, value in given.items() if value is not None}
-        called = given.pop("role", given.pop("from", None))
-        given.pop("from", None)
-        content = given.pop("content", given.pop("value", None))
-        given.pop("value", None)
+        called = given.get("from") if given.get("role") is None else given["role"]
+        content = given.get("value") if given.get("content") is None else given["content"]
+        given = {name: value for name, value in given.items() if value is not None and name not in _SAID_APART}
         role = ROLES.get(called.lower()) if isinstance(called, str) else None
         if role is None:
             said = "no role" if called is None else f"the unknown role {called!r}"
