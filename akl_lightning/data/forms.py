@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import combinations
 from typing import Any, NoReturn
 
 from akl_lightning.data.records import Message, Row, conversation, document
@@ -47,7 +48,7 @@ class Forms:
         text: field of a document.
 
     Raises:
-        UsageError: two of them are the same.
+        UsageError: two of them are the same field.
     """
 
     def __init__(
@@ -59,16 +60,18 @@ class Forms:
         text: str = "text",
     ) -> None:
         self.names = {"instruction": instruction, "input": input, "output": output, "messages": messages, "text": text}
-        for name, field in self.names.items():
-            others = [other for other in self.names if other != name and self.names[other] == field]
-            if others:
+        pair = {instruction, input, output}
+        for one, other in (*combinations(("instruction", "input", "output"), 2), ("messages", "text")):
+            if self.names[one] == self.names[other]:
                 raise UsageError(
-                    f"the field {field!r} cannot be both {name} and {others[0]}: name two fields in the source."
+                    f"the field {self.names[one]!r} cannot be both {one} and {other}: name two fields in the source."
                 )
         self.columns = {*self.names.values(), *_ALSO_READ, *_REPLIES}
         """All fields that are looked at."""
-        self._mains = [messages, "conversations", "prompt", "completion", instruction, output, "chosen", text]
-        self._pair_is_named = (instruction, output) != ("instruction", "output")
+        # A text or messages may be a pair's instruction: then they are no form of their own.
+        self.alone = {name for name in (messages, text) if name not in pair}
+        self.mains = [messages, "conversations", "prompt", "completion", instruction, output, "chosen", text]
+        self.pair_is_named = (instruction, output) != ("instruction", "output")
 
     def read(
         self, record: Mapping[str, Any], file: str, line: int, where: str, split: str, notes: Counter
@@ -130,9 +133,9 @@ class _Record:
     def form(self) -> str:
         names, given = self.names, self.given
         pair = names["instruction"] in given and names["output"] in given
-        if pair and self.forms._pair_is_named:
+        if pair and self.forms.pair_is_named:
             form, used = "instruction", [names["instruction"], names["output"]]
-        elif names["messages"] in given:
+        elif names["messages"] in self.forms.alone & set(given):
             form, used = "messages", [names["messages"]]
         elif "conversations" in given:
             form, used = "conversations", ["conversations"]
@@ -144,7 +147,7 @@ class _Record:
             form, used = "instruction", [names["instruction"], names["output"]]
         elif "chosen" in given:
             form, used = "preference", [names["instruction"]]
-        elif names["text"] in given:
+        elif names["text"] in self.forms.alone & set(given):
             form, used = "text", [names["text"]]
         elif "prompt" in given or names["instruction"] in given:
             form, used = "prompt", ["prompt" if "prompt" in given else names["instruction"]]
@@ -154,7 +157,7 @@ class _Record:
             self.expect_no_reply(used[0], used)
         if form == "preference":
             used.append("chosen")
-        for name in self.forms._mains:
+        for name in self.forms.mains:
             if name in given and name not in used and form not in ("messages", "conversations"):
                 self.left(name, used[0])
         return form
@@ -186,7 +189,7 @@ class _Record:
                 messages += chosen
             elif is_prompt:
                 self.expect_no_reply(field, [field])
-            for name in self.forms._mains:
+            for name in self.forms.mains:
                 if name in given and name != field and not (is_prompt and name == "chosen"):
                     self.left(name, field)
         else:

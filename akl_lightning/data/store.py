@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
 from akl_lightning.data.records import RECORD_FEATURES, Row, row_digest, row_digests
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, first_line
 
 _ROWS, _CHARACTERS = 1000, 2**26
 """A batch ends at either: it lies in memory, and a column of it may not pass 2 GiB."""
@@ -53,11 +53,17 @@ def store(
     said = path.with_suffix(".json")
     # One process reads; others that start with it find what it has written.
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        if not (path.exists() and said.exists()):
             notes: Counter = Counter(all=0)
-            with atomic_file(path) as file:
-                _write(file, rows(notes), notes)
-                said.write_text(json.dumps(notes))
+            try:
+                with atomic_file(path) as file:
+                    _write(file, rows(notes), notes)
+                    said.write_text(json.dumps(notes))
+            except OSError as error:  # of the disk: what is wrong with the files is a UsageError already
+                raise UsageError(
+                    f"cannot write the records of {where} to {folder}: {first_line(error)}; make room, or set "
+                    "HF_DATASETS_CACHE to another folder."
+                ) from error
     notes = Counter(json.loads(said.read_text()))
     total = notes.pop("all")
     for note, count in sorted(notes.items()):

@@ -238,6 +238,20 @@ def test_bad_records_are_one_sentence(record: dict[str, Any], message: str) -> N
 def test_one_field_for_two_things() -> None:
     with pytest.raises(UsageError, match="the field 'answer' cannot be both instruction and output"):
         Forms(instruction="answer", output="answer")
+    with pytest.raises(UsageError, match="the field 'dialog' cannot be both messages and text"):
+        Forms(messages="dialog", text="dialog")
+
+
+def test_fields_of_other_names() -> None:
+    assert said({"question": "a", "reply": "b", "id": 1}, instruction="question", output="reply") == TWO
+    # What is a form by itself may be one of a pair's fields.
+    assert said({"text": "a", "summary": "b"}, instruction="text", output="summary") == TWO
+    assert said({"text": "a"}, instruction="text", output="summary") == TWO[:1]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert said({"dialog": messages, "messages": "none"}, messages="dialog") == TWO
+    assert said({"messages": messages[:1], "label": "b"}, instruction="messages", output="label") == TWO
+    # Others beside them are told as ever.
+    assert said({"messages": messages}, instruction="question", output="reply") == TWO
 
 
 def test_a_single_instruction_keeps_its_place_among_the_splits() -> None:
