@@ -34,9 +34,10 @@ _SAID_APART = {"role", "from", "content", "value"}
 class Forms:
     """Reads records of any usual form; the forms may be mixed.
 
-    In this order: the fields that are named otherwise than by default; ``messages`` (OpenAI); ``conversations``
-    (ShareGPT); ``prompt`` with ``completion`` or ``chosen``; ``instruction`` with ``output`` or ``chosen``, and
-    ``input``, ``system`` and ``history`` (Alpaca); ``chosen`` alone, as messages; ``text`` (a document); ``prompt`` or
+    In this order: ``instruction`` and ``output`` where they are named otherwise than by default; ``messages`` (OpenAI),
+    to which ``chosen`` or ``output`` is added where they end with a prompt; ``conversations`` (ShareGPT), likewise;
+    ``prompt`` with ``completion`` or ``chosen``; ``instruction`` with ``output`` or ``chosen``, and ``input``,
+    ``system`` and ``history`` (Alpaca); ``chosen`` alone, as messages; ``text`` (a document); ``prompt`` or
     ``instruction`` alone. What another form would have read is left, and counted. ``tools`` and ``system`` belong to
     any conversation. A field that is null counts as absent; numbers and booleans are read as JSON writes them.
 
@@ -133,7 +134,9 @@ class _Record:
     def form(self) -> str:
         names, given = self.names, self.given
         pair = names["instruction"] in given and names["output"] in given
-        if pair and self.forms.pair_is_named:
+        # As akl generate writes a conversation: it is its own instruction.
+        answered = names["messages"] in given and names["instruction"] == "instruction"
+        if pair and self.forms.pair_is_named and not answered:
             form, used = "instruction", [names["instruction"], names["output"]]
         elif names["messages"] in self.forms.alone & set(given):
             form, used = "messages", [names["messages"]]
@@ -184,13 +187,15 @@ class _Record:
             field = names["messages"] if form == "messages" else form
             messages = self.messages(field, given[field])
             is_prompt = bool(messages) and messages[-1]["role"] != "assistant"
-            if is_prompt and "chosen" in given:
-                chosen, references = self.responses("chosen")
-                messages += chosen
+            reply = next((name for name in ("chosen", names["output"]) if is_prompt and name in given), None)
+            if reply is not None:
+                response, references = self.responses(reply)
+                messages += response
+                wants_response = not response
             elif is_prompt:
                 self.expect_no_reply(field, [field])
             for name in self.forms.mains:
-                if name in given and name != field and not (is_prompt and name == "chosen"):
+                if name in given and name not in (field, reply) and not (reply and name == names["instruction"]):
                     self.left(name, field)
         else:
             messages = self.prompt(form)

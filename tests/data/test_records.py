@@ -179,6 +179,13 @@ def test_answers_of_akl_generate_are_read_by_their_names() -> None:
     ]
     with pytest.raises(UsageError, match="line 7 has no field 'output' beside 'prompt', only instruction, input"):
         read(answer)
+    # Of a conversation, the messages are what is answered.
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    talk = {**answer, "instruction": "system: s\n\nuser: a", "input": "", "messages": messages, "tools": [TOOL]}
+    row, _ = read(talk, output="answer")
+    assert row["form"] == "messages" and json.loads(row["tools"]) == [TOOL] and row["cut"]
+    assert json.loads(row["messages"]) == [*messages, {"role": "assistant", "content": "b"}]
+    assert read({**talk, "answer": ""}, output="answer")[0] is None
 
 
 def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
