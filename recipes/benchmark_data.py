@@ -18,6 +18,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def main(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> None:
             ways = {"read and written": load, "found": load, "json.loads, a list": hold}
             for name, way in ways.items():
                 # One at a time, each new: a peak is never given back.
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    seconds, peak, held, kept = pool.apply(measure, (way, str(path), f"{folder}/cache"))
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    seconds, peak, held, kept = pool.submit(measure, way, str(path), f"{folder}/cache").result()
                 file_size = f"{path.stat().st_size / MIB:,.0f} MiB"
                 figures = (f"{seconds:.1f}", f"{peak / MIB:,.0f} MiB", f"{held / MIB:,.0f} MiB", f"{kept:,}")
                 table.add_row(f"{size:,}", file_size, name, *figures)

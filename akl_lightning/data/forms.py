@@ -103,7 +103,7 @@ class Forms:
                     return None
                 return document(text, file, line)
             messages, references, wants_response = one.conversation(form)
-            if not any(_says(message) for message in messages if message["role"] in ("user", "tool")):
+            if not any(_says(message) for message in messages if message["role"] != "assistant"):
                 notes["dropped, without a prompt"] += 1
                 return None
             answers = [message for message in messages if message["role"] == "assistant"]
@@ -240,15 +240,18 @@ class _Record:
             return [], []
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
             messages = self.messages(field, [value] if isinstance(value, dict) else value)
+            if messages[-1]["role"] != "assistant":
+                self.refuse(
+                    f"the field {field!r} does not end with the assistant's message: give what is answered as one"
+                )
             return (messages, []) if any(map(_says, messages)) else ([], [])
-        texts = [self.text(field, one) for one in (value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        texts = [self.text(field, one) for one in values if not _absent(one)]
         texts = [text for text in texts if text.strip()]
         return [{"role": "assistant", "content": text} for text in texts[:1]], texts
 
     def whole(self, prompt: list[Message], chosen: list[Message]) -> list[Message]:
         """Chosen messages that hold their prompt as well."""
-        if chosen[-1]["role"] != "assistant":
-            self.refuse("has chosen messages that do not end with the assistant's")
         contents = [message["content"] for message in chosen[:-1]]
         if any(message["content"] not in contents for message in prompt):
             self.refuse("has a prompt that is not among the chosen messages, which begin with one: leave out either")

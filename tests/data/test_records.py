@@ -100,6 +100,7 @@ def test_several_acceptable_responses() -> None:
     row, _ = read({"instruction": "a", "output": [" ", "b", "c"]})
     assert row["references"] == ["b", "c"] and json.loads(row["messages"])[-1]["content"] == "b"
     assert read({"instruction": "a", "output": ["b"]})[0]["references"] == []
+    assert read({"instruction": "a", "output": [None, "b", "c"]})[0]["references"] == ["b", "c"]
     assert read({"prompt": "a", "completion": ["b", "c"]})[0]["references"] == ["b", "c"]
 
 
@@ -197,7 +198,8 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
     ):
         assert read(record) == (None, Counter({"dropped, without a response": 1}))
         assert json.loads(read(record, "test")[0]["messages"]) == [{"role": "user", "content": "a"}]
-    for record in ({"instruction": " ", "output": "b"}, {"messages": []}, {"prompt": ""}):
+    alone = {"messages": [{"role": "assistant", "content": "b"}]}
+    for record in ({"instruction": " ", "output": "b"}, {"messages": []}, {"prompt": ""}, alone):
         assert read(record) == (None, Counter({"dropped, without a prompt": 1}))
 
 
@@ -228,6 +230,7 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
         ({"instruction": "a", "output": "b", "history": [["p"]]}, "the field 'history' has .*, which is no pair"),
         ({"instruction": "\ud800", "output": "b"}, r"line 7 is no JSON in UTF-8 \(.*surrogates"),
         ({"instruction": "a", "output": "b\udfff"}, r"line 7 is no JSON in UTF-8 \(.*surrogates"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "the field 'completion' does not end with the"),
         ({"chosen": "Human: a", "rejected": "b"}, "has a chosen response without a prompt"),
         ({"prompt": "z", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
          "has a prompt that is not among the chosen messages"),
