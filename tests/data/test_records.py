@@ -230,7 +230,7 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
         ({"instruction": "a", "output": "b", "history": [["p"]]}, "the field 'history' has .*, which is no pair"),
         ({"instruction": "\ud800", "output": "b"}, r"line 7 is no JSON in UTF-8 \(.*surrogates"),
         ({"instruction": "a", "output": "b\udfff"}, r"line 7 is no JSON in UTF-8 \(.*surrogates"),
-        ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "the field 'completion' does not end with the"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "the field 'completion' does not end"),
         ({"chosen": "Human: a", "rejected": "b"}, "has a chosen response without a prompt"),
         ({"prompt": "z", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
          "has a prompt that is not among the chosen messages"),
