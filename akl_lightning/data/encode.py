@@ -59,9 +59,7 @@ _BATCH_BYTES = 2**23
 def tokenize(
     split: str, records: datasets.Dataset, chat: Chat, lengths: Lengths, num_proc: int = 0
 ) -> datasets.Dataset:
-    """The rows of a split: first those of which something is learnt, in the records' order, then prompts alone.
-
-    What is cut or dropped is counted and said.
+    """The rows of a split, in the records' order; what is cut or dropped is counted and said.
 
     Args:
         split: its name.
@@ -94,11 +92,16 @@ def tokenize(
         desc=f"Tokenizing {split}",
     )
     _say(split, rows, lengths)
-    kept, learnt = column(rows, "kept"), column(rows, "learnt") > 0
+    kept = column(rows, "kept")
     if not kept.any():
         raise UsageError(_none_left(split, rows, lengths))
-    order = np.concatenate([np.flatnonzero(kept & learnt), np.flatnonzero(kept & ~learnt)])
-    return rows if np.array_equal(order, np.arange(len(rows))) else rows.select(order)
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))
+
+
+def learnt_first(rows: datasets.Dataset) -> datasets.Dataset:
+    """Those of which something is learnt, in their order, then prompts alone."""
+    learnt = column(rows, "learnt") > 0
+    return rows if learnt.all() else rows.select(np.argsort(~learnt, kind="stable"))
 
 
 def column(rows: datasets.Dataset, name: str) -> np.ndarray:
