@@ -139,8 +139,8 @@ class Chat:
             )
         if rendering.asks_otherwise:
             rank_zero_info(
-                f"the chat template asks for an answer with {rendering.asks_otherwise!r}, behind which it does not write "
-                "one that is there: answers are learnt behind other tokens than they are asked for with"
+                f"the chat template asks for an answer with {rendering.asks_otherwise!r}, behind which it does not "
+                "write one that is there: answers are learnt behind other tokens than they are asked for with"
             )
         if self.tokenizer.eos_token_id is None:
             rank_zero_info("the tokenizer has no end-of-text token: documents end without one")
