@@ -20,6 +20,7 @@ from jsonargparse import Namespace, capture_parser, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -36,6 +37,7 @@ from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_o
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
+from akl_lightning.learning_rate import chosen_rate, leave_out_default
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
@@ -53,6 +55,9 @@ LOST_PROCESSES = {
     "checkpoint.",
 }
 """What a RuntimeError of torch says when a process is gone, and what is said to the user instead."""
+
+EPOCHS = 3
+"""Of a run that is given no end."""
 
 _TWICE = "trainer.callbacks has {} twice: give it once."
 
@@ -160,6 +165,9 @@ class DistillationCLI(InstructionCLI):
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
+        leave_out_default(config.model.optimizer)
+        if self.subcommand in (None, "fit"):
+            end_after_epochs(config.trainer)
         self.look_first()
         super().before_instantiate_classes()
 
@@ -183,7 +191,6 @@ class DistillationCLI(InstructionCLI):
             for callback in callbacks:
                 if isinstance(callback, HeadTailPlot | LastCheckpoint | StudentExport):
                     callback.look(root, goes_on=checkpoint is not None)
-            # Without any, Lightning takes 1,000 epochs.
             ends = config.trainer.max_epochs != -1 or config.trainer.max_steps != -1
             try_optimizer(settings.model.optimizer, settings.model.lr_scheduler, ends)
 
@@ -194,6 +201,9 @@ class DistillationCLI(InstructionCLI):
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
         self.datamodule.splits = data.splits
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if (chosen := chosen_rate(self.model)) is not None and not config.get("ckpt_path"):
+            config.model.optimizer.init_args.lr = chosen.rate  # for the config.yaml of the run
 
     def _without_models(self) -> Namespace:
         """The settings, what they name made into objects, but for models, loggers and what is not the package's own."""
@@ -218,6 +228,17 @@ class DistillationCLI(InstructionCLI):
             if isinstance(callback, LastCheckpoint):
                 callback.command = own_command()
         return trainer
+
+
+def end_after_epochs(trainer: Namespace) -> None:
+    """Let a run that is given no end have three epochs, where Lightning would take 1,000.
+
+    Args:
+        trainer: its settings, as parsed.
+    """
+    if (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None) and not trainer.fast_dev_run:
+        trainer.max_epochs = EPOCHS
+        rank_zero_info(f"{EPOCHS} epochs, as no end is given: trainer.max_epochs, max_steps or max_time sets another.")
 
 
 def own_command() -> str:

@@ -71,7 +71,7 @@ class DistillationModule(LightningModule):
             ``cache:`` and the folder that ``akl cache`` has written, or ``base`` for the model under the student's
             adapter; None only with ``criterion.alpha = 0``.
         criterion: what a batch costs.
-        optimizer: called with the trainable parameters.
+        optimizer: called with the trainable parameters; an Adam without ``lr`` gets one by what is trained.
         lr_scheduler: the name of a schedule of ``transformers`` that spans the whole run and is stepped with every
             optimizer step, or a callable that takes the optimizer and is stepped once an epoch.
         warmup_steps: optimizer steps of linear warm-up, for a schedule given by name.

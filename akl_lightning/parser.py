@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from akl_lightning.compat import options_of
 from akl_lightning.divergences import known_divergences
+from akl_lightning.learning_rate import leave_out_default
 
 CLASS = "the name of a class"
 
@@ -33,6 +34,12 @@ class OneSentenceParser(LightningArgumentParser):
                 except (UnicodeDecodeError, yaml.YAMLError) as error:
                     self.error(f"{value} is no YAML: {error}")
         return super().parse_args(args, *more, **settings)
+
+    def dump(self, cfg: Any, *more: Any, **settings: Any) -> str:
+        """Leave out a learning rate that nobody has given: it is chosen when the student is there."""
+        cfg = cfg.clone()
+        leave_out_default(cfg.get("model.optimizer"))
+        return super().dump(cfg, *more, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the mistake and the way out, and exit with code 2."""
