@@ -311,8 +311,8 @@ class DistillationModule(LightningModule):
     def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         """The student's answers; see :meth:`~akl_lightning.models.split.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
-        together = isinstance(self, FSDPModule)
-        return self.student.generate(prompts, self.find_tokenizer(), **arguments, synced_gpus=together)
+        together, ends = isinstance(self, FSDPModule), facts_of_run(trainer_of(self)).end_tokens
+        return self.student.generate(prompts, self.find_tokenizer(), ends, **arguments, synced_gpus=together)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count nothing of a batch for which :meth:`training_step` has returned None."""

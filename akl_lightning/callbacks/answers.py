@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from akl_lightning.callbacks.checks import require_logger, require_tokenizer
 from akl_lightning.callbacks.loggers import log_texts
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
 
 
@@ -97,10 +98,11 @@ class SampledAnswers(Callback):
             "attention_mask": pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left"),
         }
         answers = pl_module.predict_step(batch, 0)
-        columns = {
+        ends = pl_module.student.stop_tokens(tokenizer, facts_of_run(trainer).end_tokens)
+        columns: dict[str, list[Any]] = {
             "prompt": [task.prompt for task in tasks],
             "reference": [task.reference for task in tasks],
-            "answer": list(answers[: len(tasks)]),
+            "answer": up_to_end(answers[: len(tasks)], ends),
         }
         texts = {
             name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []

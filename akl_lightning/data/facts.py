@@ -1,5 +1,6 @@
 """What is known of the data that a Trainer runs on, whoever gives them; asked for here and nowhere else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +17,9 @@ class DataFacts:
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Whose tokens the batches hold."""
+
+    end_tokens: Sequence[int] | None = None
+    """Tokens with which a turn of the assistant ends, by the template."""
 
     max_length: int | None = None
     """Tokens of the longest sequence."""
