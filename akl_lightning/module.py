@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.batch import KEYS, Batch, response_of
+from akl_lightning.batch import KEYS, Batch, response_of, turns_of
 from akl_lightning.checkpoint import AtomicCheckpointIO
 from akl_lightning.checks import check_batch, check_callbacks, check_run, leave_out_what_does_not_apply
 from akl_lightning.compat import trainer_of
@@ -50,10 +50,10 @@ class DistillationModule(LightningModule):
     loss of its own adds a sum over tokens too.
 
     Logged: ``{train,val,test}/{loss,divergence,cross_entropy,fkl,rkl,head_error,tail_error,head_weight,
-    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step. Of a mixture
-    of experts whose config asks for its router's loss (``output_router_logits``), that is added as ``transformers``
-    weighs it, times the response tokens of a micro-batch, and logged as ``router_loss``; it alone depends on how
-    samples are split into micro-batches.
+    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step; of several
+    turns each one's, ``{val,test}/turn_1/{head_error,tail_error}`` and so on. Of a mixture of experts whose config asks
+    for its router's loss (``output_router_logits``), that is added as ``transformers`` weighs it, times the response
+    tokens of a micro-batch, and logged as ``router_loss``, which alone depends on how samples are split into those.
 
     Several sets of validation or test samples, a list or mapping of loaders, are each logged under their own name, as
     ``val/NAME/...`` (a mapping's key, a list's number from 0); the first as ``val/...``, too, where ``monitor`` looks.
@@ -301,7 +301,7 @@ class DistillationModule(LightningModule):
 
     def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
-        metrics.update(**output.statistics)
+        metrics.update(**output.statistics, **turns_of(batch, self.criterion))
         return {"loss": output.loss, "statistics": output.statistics}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
