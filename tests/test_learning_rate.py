@@ -130,3 +130,14 @@ def test_on_the_command_line(
     assert akl(monkeypatch, "fit", "--config", "c.yaml", "--trainer.default_root_dir", "run") == 0
     saved, made = rates_in(folder / "run")
     assert made == {rate} and (saved == rate or (saved is None and "SGD" in given))
+
+
+def test_a_command_that_goes_on_without_a_rate_keeps_it(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert akl(monkeypatch, "fit", *RUN, "--trainer.default_root_dir", "one", "--model.optimizer.lr", "1e-4") == 0
+    (checkpoint,) = (folder / "one").rglob("*.ckpt")
+    go_on = ["--ckpt_path", str(checkpoint), "--trainer.max_steps", "3", "--trainer.default_root_dir", "two"]
+    assert akl(monkeypatch, "fit", *RUN, *go_on) == 0
+    assert rates_in(folder / "two") == (None, {1e-4})
