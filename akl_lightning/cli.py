@@ -20,7 +20,6 @@ from jsonargparse import Namespace, capture_parser, set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -42,7 +41,7 @@ from akl_lightning.learning_rate import chosen_rate, leave_out_default
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
-from akl_lightning.optimization import try_optimizer
+from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser, one_sentence
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
@@ -56,9 +55,6 @@ LOST_PROCESSES = {
     "checkpoint.",
 }
 """What a RuntimeError of torch says when a process is gone, and what is said to the user instead."""
-
-EPOCHS = 3
-"""Of a run that is given no end."""
 
 _TWICE = "trainer.callbacks has {} twice: give it once."
 
@@ -229,17 +225,6 @@ class DistillationCLI(InstructionCLI):
             if isinstance(callback, LastCheckpoint):
                 callback.command = own_command()
         return trainer
-
-
-def end_after_epochs(trainer: Namespace) -> None:
-    """Let a run that is given no end have three epochs, where Lightning would take 1,000.
-
-    Args:
-        trainer: its settings, as parsed.
-    """
-    if (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None) and not trainer.fast_dev_run:
-        trainer.max_epochs = EPOCHS
-        rank_zero_info(f"{EPOCHS} epochs, as no end is given: trainer.max_epochs, max_steps or max_time sets another.")
 
 
 def own_command() -> str:

@@ -21,6 +21,9 @@ from akl_lightning.learning_rate import chosen_rate, class_without_rate
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
 
+EPOCHS = 3
+"""Of a run that is given no end."""
+
 
 def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
     """The optimizer over all trainable parameters, and its schedule, as ``configure_optimizers`` returns them.
@@ -78,6 +81,17 @@ def try_optimizer(optimizer: Any, lr_scheduler: Any, ends: bool) -> None:
             raise UsageError(f"model.lr_scheduler does not accept an argument: {error}; give another value.") from error
     elif not ends and not lr_scheduler.startswith("constant"):
         raise UsageError(_NO_END.format(lr_scheduler))
+
+
+def end_after_epochs(trainer: Any) -> None:
+    """Let a run that is given no end have three epochs, where Lightning would take 1,000, and say so.
+
+    Args:
+        trainer: the settings of the Trainer, as parsed.
+    """
+    if (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None) and not trainer.fast_dev_run:
+        trainer.max_epochs = EPOCHS
+        rank_zero_info(f"{EPOCHS} epochs, as no end is given: trainer.max_epochs, max_steps or max_time sets another.")
 
 
 def _optimizer(make: Any, parameters: list[nn.Parameter]) -> Optimizer:

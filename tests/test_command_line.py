@@ -399,7 +399,7 @@ def test_a_run_that_is_given_no_end_has_three_epochs(
     given: list[str], ends: tuple[Any, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("akl_lightning.cli.rank_zero_info", said.append)
+    monkeypatch.setattr("akl_lightning.optimization.rank_zero_info", said.append)
     few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
     at = RUN.index("--trainer.max_steps")
     assert akl(monkeypatch, "fit", *RUN[:at], *RUN[at + 2 :], *few, *given) == 0

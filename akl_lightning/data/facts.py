@@ -18,6 +18,9 @@ class DataFacts:
     tokenizer: PreTrainedTokenizerBase | None = None
     """Whose tokens the batches hold."""
 
+    end_tokens: Sequence[int] | None = None
+    """Tokens with which a turn of the assistant ends, by the template."""
+
     max_length: int | None = None
     """Tokens of the longest sequence."""
 
