@@ -66,9 +66,13 @@ def test_a_student_ends_its_answers_where_its_teacher_does(
     )
     end, size = chat_tokenizer.convert_tokens_to_ids("<|im_end|>"), len(chat_tokenizer)
     config = CONFIG | {"vocab_size": size}
-    fast: dict[str, Any] = {"optimizer": partial(torch.optim.AdamW, lr=1e-2), "max_new_tokens": 10}
+    fast: dict[str, Any] = {
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        "max_new_tokens": 10,
+        "lr_scheduler": "cosine",
+    }
     taught = DistillationModule(config, criterion=DistillationCriterion(alpha=0), **fast)
-    Trainer(**QUIET, max_epochs=40, limit_val_batches=0, gradient_clip_val=1.0).fit(taught, data)
+    Trainer(**QUIET, max_epochs=30, limit_val_batches=0, gradient_clip_val=1.0).fit(taught, data)
     teacher = taught.student.model
 
     student = DistillationModule(config, teacher, DistillationCriterion(alpha=0.5), **fast)
@@ -76,7 +80,7 @@ def test_a_student_ends_its_answers_where_its_teacher_does(
     evaluation = AnswerEvaluation(tmp_path / "answers.jsonl", Decoding(10))
     settings = {**QUIET, "logger": CSVLogger(tmp_path, "logs", "")}
     callbacks = [export, evaluation, SampledAnswers(3)]
-    trainer = Trainer(**settings, max_epochs=40, gradient_clip_val=1.0, callbacks=callbacks)
+    trainer = Trainer(**settings, max_epochs=30, gradient_clip_val=1.0, callbacks=callbacks)
     trainer.fit(student, data)
     assert {"val/turn_1/head_error", "val/turn_2/tail_error"} <= trainer.callback_metrics.keys()
 
@@ -108,7 +112,8 @@ def test_a_student_ends_its_answers_where_its_teacher_does(
     trainer.test(student, data, verbose=False)
     records = read_answers(tmp_path / "answers.jsonl")
     assert len(records) == 6 and not any(record["cut"] for record in records)
+    assert all(r["references"] == [REPLIES[r["messages"][-1]["content"]]] for r in records)
     assert all([record["answer"]] == record["references"] for record in records)
     sampled = [json.loads(line) for line in (tmp_path / "logs/answers.jsonl").read_text().splitlines()][-3:]
-    assert all(row["answer"] == row["reference"] in REPLIES.values() for row in sampled)
+    assert all(row["answer"] == row["reference"] == REPLIES[row["prompt"].split()[-2]] for row in sampled)
     assert all(row["prompt"].split().count("assistant") == 2 for row in sampled), "the first turn is in the prompt"
