@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.optim import Adam, Optimizer
-from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
@@ -40,8 +39,7 @@ def default_rate(source: object, model: nn.Module) -> DefaultRate | None:
         return ADAPTER
     if isinstance(source, Mapping) and "model_type" in source:
         return NEW
-    trained = not isinstance(source, nn.Module) or (isinstance(source, PreTrainedModel) and source.name_or_path)
-    return TRAINED if trained else None
+    return TRAINED if not isinstance(source, nn.Module) or getattr(source, "name_or_path", "") else None
 
 
 def chosen_rate(module: "DistillationModule") -> DefaultRate | None:

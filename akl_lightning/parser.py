@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from akl_lightning.compat import options_of
 from akl_lightning.divergences import known_divergences
-from akl_lightning.learning_rate import leave_out_default
 
 CLASS = "the name of a class"
 
@@ -37,6 +36,8 @@ class OneSentenceParser(LightningArgumentParser):
 
     def dump(self, cfg: Any, *more: Any, **settings: Any) -> str:
         """Leave out a learning rate that nobody has given: it is chosen when the student is there."""
+        from akl_lightning.learning_rate import leave_out_default  # which needs torch
+
         cfg = cfg.clone()
         leave_out_default(cfg.get("model.optimizer"))
         return super().dump(cfg, *more, **settings)
