@@ -50,8 +50,8 @@ ROW_FEATURES = datasets.Features(
         "tools_left_out": datasets.Value("bool"),
     }
 )
-"""Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and what
-is said of them, see :class:`~akl_lightning.data.lengths.Fitted`."""
+"""Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and
+what is said of them, see :class:`~akl_lightning.data.lengths.Fitted`."""
 
 _BATCH_BYTES = 2**23
 
@@ -215,19 +215,20 @@ def _different(rows: pa.Table) -> int:
 
 _SAID = {
     "response": "responses cut at {length:,} tokens, the longest has {most:,}: raise data.max_length",
-    "end": "conversations cut at {length:,} tokens, of which they keep the first turns, the longest has {most:,}: raise "
-    "data.max_length, or set data.truncate to start_turns to keep the last",
-    "start_turns": "conversations cut at {length:,} tokens, of which they keep the last turns, the longest has {most:,}: "
-    "raise data.max_length",
-    "drop": "samples dropped, they are longer than {length:,} tokens, the longest has {most:,}: raise data.max_length, or "
-    "let data.truncate cut them",
-    "prompt": "samples dropped, their prompts are longer than {prompt:,} tokens, the longest has {most:,}: raise {bound}",
+    "end": "conversations cut at {length:,} tokens, of which they keep the first turns, the longest has {most:,}: "
+    "raise data.max_length, or set data.truncate to start_turns to keep the last",
+    "start_turns": "conversations cut at {length:,} tokens, of which they keep the last turns, the longest has "
+    "{most:,}: raise data.max_length",
+    "drop": "samples dropped, they are longer than {length:,} tokens, the longest has {most:,}: raise "
+    "data.max_length, or let data.truncate cut them",
+    "prompt": "samples dropped, their prompts are longer than {prompt:,} tokens, the longest has {most:,}: raise "
+    "{bound}",
 }
 """What is said of the notes of :class:`~akl_lightning.data.lengths.Fitted`."""
 
 _FLAGS = {
-    "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach from "
-    "a prompt into its response",
+    "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach "
+    "from a prompt into its response",
     "tools_left_out": "have tools, which the chat template does not write: give another data.template",
 }
 

@@ -19,9 +19,9 @@ from akl_lightning.data.collate import LEARNT, PROMPTS, Row, Rows, collate, coll
 from akl_lightning.data.encode import column, tokenize
 from akl_lightning.data.facts import positions_of
 from akl_lightning.data.lengths import Lengths, Truncate
+from akl_lightning.data.preview import summary
 from akl_lightning.data.records import Source
 from akl_lightning.data.sampler import StepSampler, accumulated
-from akl_lightning.data.preview import summary
 from akl_lightning.data.sources import Docstrings
 from akl_lightning.data.splits import check_sizes, split_records
 from akl_lightning.errors import UsageError
@@ -46,9 +46,9 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: a tokenizer, or the hub name or local folder of one; on the command line that of the first model that
             has a name, unless it is given.
         source: where the samples come from.
-        template: ``chat`` (the tokenizer's own), ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file with
-            one, or a text with ``{instruction}`` and ``{input}`` in it; None for the tokenizer's own, or ``plain`` where
-            it has none.
+        template: ``chat`` (the tokenizer's own), ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file
+            with one, or a text with ``{instruction}`` and ``{input}`` in it; None for the tokenizer's own, or ``plain``
+            where it has none.
         template_arguments: variables of the template, such as ``enable_thinking``.
         learn: of a conversation every turn of the assistant, its last one, or everything.
         special_tokens_in_content: let special tokens in what is said be such tokens, and not text.
@@ -58,8 +58,8 @@ class InstructionDataModule(LightningDataModule):
         max_prompt_length: tokens of a prompt, what the last turn answers; samples with a longer one are dropped. None
             for ``max_length`` - 1.
         truncate: what becomes of a longer conversation. ``end``: its end is cut off, it keeps its first turns, and a
-            response that is cut learns no end; ``start_turns``: whole first turns are left out, but for the system's, it
-            keeps its last ones; ``drop``: none of it is kept. Documents are always cut into blocks.
+            response that is cut learns no end; ``start_turns``: whole first turns are left out, but for the system's,
+            it keeps its last ones; ``drop``: none of it is kept. Documents are always cut into blocks.
         validation_size: validation samples, as a number or a share, where the source has no such split.
         test_size: test samples, as a number or a share, where the source has no such split.
         group_by_length: let samples of a step be of similar length, which saves padding.
@@ -76,8 +76,8 @@ class InstructionDataModule(LightningDataModule):
     tokenizer: PreTrainedTokenizerBase
 
     prompts_alone: bool = False
-    """Whether samples of which nothing is learnt are trained on; for those who answer them on the way. They are the last
-    ones of their split, and in validation and test in any case."""
+    """Whether samples of which nothing is learnt are trained on; for those who answer them on the way. They are the
+    last ones of their split, and in validation and test in any case."""
 
     def __init__(
         self,
@@ -140,8 +140,8 @@ class InstructionDataModule(LightningDataModule):
             }
         if stage == "fit" and not self.prompts_alone and len(self.splits["train"]) and not self._learnable("train"):
             raise UsageError(
-                f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give samples "
-                "with a response or a text, or let the student answer the prompts."
+                f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give "
+                "samples with a response or a text, or let the student answer the prompts."
             )
         if self.trainer is None or stage not in ("fit", "test", "predict"):
             return
@@ -156,12 +156,12 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info(summary(self))
 
     def _bound(self, positions: int | None) -> bool:
-        """Take no more tokens than models have positions, where the user has not said how many; whether that is news."""
+        """Take no more tokens than models have positions, where the user has not said how many; whether it does."""
         if self.max_length != MAX_LENGTH or positions is None or positions >= MAX_LENGTH:
             return False
         rank_zero_info(
-            f"data.max_length is {positions:,} instead of {MAX_LENGTH:,}: a model has no more positions, or the teacher's "
-            "cache no longer samples"
+            f"data.max_length is {positions:,} instead of {MAX_LENGTH:,}: a model has no more positions, or the "
+            "teacher's cache no longer samples"
         )
         self.max_length = positions
         return True
@@ -200,8 +200,8 @@ class InstructionDataModule(LightningDataModule):
         if left and not self._said:
             self._said = True
             rank_zero_info(
-                f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is to "
-                "be learnt of them"
+                f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is "
+                "to be learnt of them"
             )
         return self._loader("train", LEARNT, range(len(self.splits["train"]) - left), shuffle=True)
 
