@@ -188,7 +188,9 @@ class DistillationCLI(InstructionCLI):
             for callback in callbacks:
                 if isinstance(callback, HeadTailPlot | LastCheckpoint | StudentExport):
                     callback.look(root, goes_on=checkpoint is not None)
-            ends = config.trainer.max_epochs != -1 or config.trainer.max_steps != -1
+            given = config.trainer
+            endless = given.max_epochs == -1 or (given.max_epochs is None and given.max_time is not None)
+            ends = not endless or given.max_steps != -1 or bool(given.fast_dev_run)
             try_optimizer(settings.model.optimizer, settings.model.lr_scheduler, ends)
 
     def instantiate_classes(self) -> None:

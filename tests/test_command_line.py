@@ -271,6 +271,10 @@ def test_a_mistake_is_one_sentence(
             ["--model.lr_scheduler", "cosine", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"],
             "which has no end",
         ),
+        (
+            ["--model.lr_scheduler", "cosine", "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:01:00"],
+            "which has no end",
+        ),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
     ],
 )
@@ -410,4 +414,4 @@ def test_a_run_that_is_given_no_end_has_three_epochs(
     if ends[2] is None:
         assert torch.load(checkpoint, weights_only=True)["global_step"] == max(ends[:2], key=lambda end: end or 0)
     expected = "3 epochs, as no end is given: trainer.max_epochs, max_steps or max_time sets another."
-    assert said == [expected] * (ends[0] == 3)
+    assert [line for line in said if "epochs" in line] == [expected] * (ends[0] == 3)
