@@ -113,11 +113,10 @@ class TurnErrors(Metric):
         A batch without a teacher, or that knows no turns, adds nothing.
         """
         if head_gap is not None and tail_gap is not None and turn is not None:
-            numbers = torch.arange(self.turns, device=turn.device)
-            # As a product, which adds up in the same order every time on a GPU too.
-            of_turn = (turn.clamp(max=self.turns - 1) == numbers[:, None]).double()
-            self.head = self.head + of_turn @ head_gap.double()
-            self.tail = self.tail + of_turn @ tail_gap.double()
+            # A row for each turn, not index_add, which on a GPU adds up in another order every time.
+            of_turn = turn.clamp(max=self.turns - 1) == torch.arange(self.turns, device=turn.device)[:, None]
+            self.head = self.head + torch.where(of_turn, head_gap.double(), 0.0).sum(1)
+            self.tail = self.tail + torch.where(of_turn, tail_gap.double(), 0.0).sum(1)
             self.tokens = self.tokens + of_turn.sum(1)
 
     def compute(self) -> dict[str, Tensor]:
