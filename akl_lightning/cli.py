@@ -37,10 +37,11 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.show import show_samples
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
+from akl_lightning.learning_rate import chosen_rate, leave_out_default
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
-from akl_lightning.optimization import try_optimizer
+from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser, one_sentence
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
@@ -161,6 +162,9 @@ class DistillationCLI(InstructionCLI):
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
+        leave_out_default(config.model.optimizer)
+        if self.subcommand in (None, "fit"):
+            end_after_epochs(config.trainer)
         self.look_first()
         super().before_instantiate_classes()
 
@@ -184,8 +188,9 @@ class DistillationCLI(InstructionCLI):
             for callback in callbacks:
                 if isinstance(callback, HeadTailPlot | LastCheckpoint | StudentExport):
                     callback.look(root, goes_on=checkpoint is not None)
-            # Without any, Lightning takes 1,000 epochs.
-            ends = config.trainer.max_epochs != -1 or config.trainer.max_steps != -1
+            given = config.trainer
+            endless = given.max_epochs == -1 or (given.max_epochs is None and given.max_time is not None)
+            ends = not endless or given.max_steps != -1 or bool(given.fast_dev_run)
             try_optimizer(settings.model.optimizer, settings.model.lr_scheduler, ends)
 
     def instantiate_classes(self) -> None:
@@ -195,6 +200,9 @@ class DistillationCLI(InstructionCLI):
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
         self.datamodule.splits = data.splits
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if (chosen := chosen_rate(self.model)) is not None and not config.get("ckpt_path"):
+            config.model.optimizer.init_args.lr = chosen.rate  # for the config.yaml of the run
 
     def _without_models(self) -> Namespace:
         """The settings, what they name made into objects, but for models, loggers and what is not the package's own."""

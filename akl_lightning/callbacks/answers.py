@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from akl_lightning.callbacks.checks import require_logger, require_tokenizer
 from akl_lightning.callbacks.loggers import log_texts
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
 
 
@@ -26,6 +27,7 @@ class Task(NamedTuple):
 class SampledAnswers(Callback):
     """Let the student answer some validation prompts after every validation, for the loggers.
 
+    Of a conversation the last turn is the reference, and what stands before it the prompt.
     The prompts are the same every time and the answers greedy, of ``model.max_new_tokens`` tokens at most: what changes
     is the student. They go to the loggers as ``answers``: prompt, reference and answer.
 
@@ -77,9 +79,14 @@ class SampledAnswers(Callback):
             return
         assert isinstance(pl_module, DistillationModule)
         for row in response_rows(pl_module, batch)[:wanted]:
-            prompt = batch["input_ids"][row.number, : row.positions[0] + 1]
+            positions, reference = row.positions, row.labels
+            if "turn" in batch:
+                turns = batch["turn"][row.number, positions + 1]
+                last = turns == turns.max()
+                positions, reference = positions[last], reference[last]
+            prompt = batch["input_ids"][row.number, : positions[0] + 1]
             prompt = prompt[batch["attention_mask"][row.number, : len(prompt)].bool()]
-            self._tasks.append(Task(prompt, row.labels))
+            self._tasks.append(Task(prompt, reference))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
@@ -97,10 +104,11 @@ class SampledAnswers(Callback):
             "attention_mask": pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left"),
         }
         answers = pl_module.predict_step(batch, 0)
-        columns = {
+        ends = pl_module.student.stop_tokens(tokenizer, facts_of_run(trainer).end_tokens)
+        columns: dict[str, list[Any]] = {
             "prompt": [task.prompt for task in tasks],
-            "reference": [task.reference for task in tasks],
-            "answer": list(answers[: len(tasks)]),
+            "reference": [row for task in tasks for row in up_to_end(task.reference[None], ends)],
+            "answer": up_to_end(answers[: len(tasks)], ends),
         }
         texts = {
             name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []

@@ -18,6 +18,7 @@ from akl_lightning.data.messages import content_text
 from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
+from akl_lightning.models.generation import up_to_end
 from akl_lightning.parallel import ending_together, gather_objects
 
 Record = dict[str, Any]
@@ -136,7 +137,7 @@ class AnswerFile:
             batch = data.collate_prompts([{"index": FILLER, **row} for row in asked])
             batch = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
             tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed))
-            texts = data.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts = data.tokenizer.batch_decode(up_to_end(tokens, ends), skip_special_tokens=True)
             ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(-1).tolist()
             # Asked may be a row that only keeps the others company.
             records = [

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data.encode import column
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.facts import data_of, facts_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import AnswerFile, Record
@@ -85,7 +85,7 @@ class AnswerEvaluation(Callback):
         """Answer the prompts of the batch."""
         assert isinstance(pl_module, DistillationModule)
         sharded, data = isinstance(pl_module, FSDPModule), _data(trainer)
-        ends = pl_module.student.stop_tokens(data.tokenizer)
+        ends = pl_module.student.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
         self._file.answer(trainer, data, batch["index"].tolist(), "test", pl_module.generate, ends, sharded)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,14 +182,14 @@ class AnswerWriter(LightningModule):
         """Answer the prompts of the batch; how many there are."""
         data = _data(self.trainer)
         sharded, split = isinstance(self.language_model.model, FSDPModule), data.predict_split
-        ends = self.language_model.model.stop_tokens(data.tokenizer)
+        ends = self.language_model.model.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
         self._file.answer(self.trainer, data, batch["index"].tolist(), split, self._generate, ends, sharded)
         return len(batch["index"])
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         model = self.language_model.model.eval()
-        sharded = isinstance(model, FSDPModule)
-        return model.generate(prompts, _data(self.trainer).tokenizer, **arguments, synced_gpus=sharded)
+        sharded, facts = isinstance(model, FSDPModule), facts_of_run(self.trainer)
+        return model.generate(prompts, facts.tokenizer, facts.end_tokens, **arguments, synced_gpus=sharded)
 
     def on_predict_end(self) -> None:
         """Make one file of what the processes have written."""
