@@ -64,6 +64,27 @@ if __name__ == "__main__":
 """
 """Stands behind the examples in Python, and uses what they only define."""
 
+
+def test_what_is_learnt_is_what_akl_show_prints(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    examples = re.findall(r"^```json\n(.*?)^```\n\n```shown\n(.*?)^```", GUIDES, re.M | re.S)
+    assert len(examples) == 3
+    for number, (records, shown) in enumerate(examples):
+        (tmp_path / f"{number}.jsonl").write_text(records)
+        arguments = ["--data.tokenizer", "tokenizer", "--data.template", "chatml", "--samples", "9"]
+        result = subprocess.run(
+            [f"{warm()}/akl", "show", f"{number}.jsonl", *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        said = [
+            part.split("\n", 1) for part in re.split(r"\n(?=train \d+ of)", result.stdout.replace("\n\n", "\n"))[1:]
+        ]
+        # Behind what tells which sample it is, which depends on the width and on the tokenizer.
+        texts = [re.sub(r"^(in \d+ turns?|turns?)\n", "", text) for _, text in said]
+        assert [text.strip() for text in texts] == [text.strip() for text in shown.split("\n\n")], result.stdout
+
+
 BUDGET = {
     "model": {"max_new_tokens": 4},
     "teacher": {"max_epochs": 1, "batch_size": 32},
@@ -88,9 +109,16 @@ def clone(tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path) -> Pa
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(tmp_path / "models" / name)
         tokenizer.save_pretrained(tmp_path / "models" / name)
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": _chat(number)}) + "\n" for number in range(60)), encoding="utf-8"
+    )
     write(tmp_path / "student.jsonl", ["a b c", "a b"])
     write(tmp_path / "baseline.jsonl", ["a", "z"])
     return tmp_path
+
+
+def _chat(number: int) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"a b {number}"} for role in ("user", "assistant") * 2]
 
 
 @pytest.fixture
@@ -104,7 +132,9 @@ def judge() -> Iterator[Server]:
 def affordable(line: str) -> str:
     """What of a command is run here."""
     command, _, comment = line.partition("  #")
-    command = re.sub(r"^torchrun --nnodes .*?(?=recipes/)", "python ", command).replace(" fit ... ", " fit --config run.yaml ")
+    command = re.sub(r"^torchrun --nnodes .*?(?=recipes/)", "python ", command).replace(
+        " fit ... ", " fit --config run.yaml "
+    )
     if command.startswith("transformers serve"):
         return "true"  # another server is there
     if any(sign in command for sign in ONLY_ITS_OPTIONS):
