@@ -25,7 +25,7 @@ TRAINED = DefaultRate(5e-4, "a student that is trained already")
 ADAPTER = DefaultRate(2e-3, "an adapter")
 
 
-def default_rate(source: object, model: nn.Module) -> DefaultRate | None:
+def default_rate(source: Any, model: nn.Module) -> DefaultRate | None:
     """The rate for a student; None for a module that does not say whether its weights are new.
 
     Args:
