@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
 from akl_lightning.data import lengths as fitting
-from akl_lightning.data import rendering, templates, tokens, turns
+from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.lengths import Lengths, fit
 from akl_lightning.data.records import RECORD_FEATURES
@@ -59,9 +59,7 @@ _BATCH_BYTES = 2**23
 def tokenize(
     split: str, records: datasets.Dataset, chat: Chat, lengths: Lengths, num_proc: int = 0
 ) -> datasets.Dataset:
-    """The rows of a split: first those of which something is learnt, in the records' order, then prompts alone.
-
-    What is cut or dropped is counted and said.
+    """The rows of a split, in the records' order; what is cut or dropped is counted and said.
 
     Args:
         split: its name.
@@ -94,11 +92,16 @@ def tokenize(
         desc=f"Tokenizing {split}",
     )
     _say(split, rows, lengths)
-    kept, learnt = column(rows, "kept"), column(rows, "learnt") > 0
+    kept = column(rows, "kept")
     if not kept.any():
         raise UsageError(_none_left(split, rows, lengths))
-    order = np.concatenate([np.flatnonzero(kept & learnt), np.flatnonzero(kept & ~learnt)])
-    return rows if np.array_equal(order, np.arange(len(rows))) else rows.select(order)
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))
+
+
+def learnt_first(rows: datasets.Dataset) -> datasets.Dataset:
+    """Those of which something is learnt, in their order, then prompts alone."""
+    learnt = column(rows, "learnt") > 0
+    return rows if learnt.all() else rows.select(np.argsort(~learnt, kind="stable"))
 
 
 def column(rows: datasets.Dataset, name: str) -> np.ndarray:
@@ -127,7 +130,7 @@ def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) 
 # --------------------------------------------------------------------------------------------------------------------
 # Where the rows are kept
 
-_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, rendering, templates, tokens, turns)]
+_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, messages, rendering, templates, tokens, turns)]
 
 
 class _Digest(io.RawIOBase):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.chat import Chat, Learn
 from akl_lightning.data.collate import LEARNT, PROMPTS, Row, Rows, collate, collate_prompts
-from akl_lightning.data.encode import column, tokenize
+from akl_lightning.data.encode import column, learnt_first, tokenize
 from akl_lightning.data.facts import positions_of
 from akl_lightning.data.lengths import Lengths, Truncate
 from akl_lightning.data.preview import summary
@@ -77,7 +77,7 @@ class InstructionDataModule(LightningDataModule):
 
     prompts_alone: bool = False
     """Whether samples of which nothing is learnt are trained on; for those who answer them on the way. They are the
-    last ones of their split, and in validation and test in any case."""
+    last ones of the train split, and belong to the others in any case."""
 
     def __init__(
         self,
@@ -138,6 +138,7 @@ class InstructionDataModule(LightningDataModule):
                 split: tokenize(split, members, self.chat, lengths, self.num_workers)
                 for split, members in records.items()
             }
+            self.splits["train"] = learnt_first(self.splits["train"])
         if stage == "fit" and not self.prompts_alone and len(self.splits["train"]) and not self._learnable("train"):
             raise UsageError(
                 f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give "
