@@ -39,7 +39,8 @@ def default_rate(source: Any, model: nn.Module) -> DefaultRate | None:
         return ADAPTER
     if isinstance(source, Mapping) and "model_type" in source:
         return NEW
-    return TRAINED if not isinstance(source, nn.Module) or getattr(source, "name_or_path", "") else None
+    name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else source
+    return TRAINED if name else None
 
 
 def chosen_rate(module: "DistillationModule") -> DefaultRate | None:
