@@ -21,8 +21,15 @@ class DefaultRate(NamedTuple):
 
 
 NEW = DefaultRate(2e-3, "new weights")
+"""The best of 1e-3, 2e-3, 4e-3 and 8e-3 for the student of ``recipes/compare_gpt2.yaml`` at a constant rate, without
+warm-up or clipping: AKL of 0.60, 0.45, 0.85 and 1.18 after 120 steps. With both and a schedule the recipe has 4e-3."""
+
 TRAINED = DefaultRate(5e-4, "a student that is trained already")
+"""That of ``recipes/compare_smollm2.yaml``, and of ``recipes/gpt2_dolly.yaml``, the paper's setting."""
+
 ADAPTER = DefaultRate(2e-3, "an adapter")
+"""LoRA bears a multiple of what all weights are given: AKL of that GPT-2 student, trained a little, fell from 0.74 to
+0.71, 0.69 and 0.68 in 50 steps at 1e-3, 2e-3 and 4e-3, and with all weights to 0.56 at 5e-4."""
 
 
 def default_rate(source: Any, model: nn.Module) -> DefaultRate | None:
