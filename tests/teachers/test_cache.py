@@ -358,7 +358,7 @@ def test_another_template(cache: Path, tokenizer: Any, corpus: str) -> None:
     refused(
         cache,
         other,
-        r"lacks 28 of 28 train samples, .* it was made with the prompt template 'plain', this run's is 'Q: .*': run akl",
+        r"lacks 28 of 28 train samples, .* it was made with the prompt template 'plain', this run's is 'Q: .*': run",
     )
     same = InstructionDataModule(tokenizer, JsonLines(corpus), "{instruction}\n", **sizes)
     assert same.template_digest != read_manifest(cache)["template"]["digest"]
