@@ -21,11 +21,19 @@ class DefaultRate(NamedTuple):
 
 
 NEW = DefaultRate(2e-3, "new weights")
+"""The best of 1e-3, 2e-3, 4e-3 and 8e-3 for the student of ``recipes/compare_gpt2.yaml`` at a constant rate, without
+warm-up or clipping: AKL of 0.60, 0.45, 0.85 and 1.18 after 120 steps. With both and a schedule the recipe has 4e-3."""
+
 TRAINED = DefaultRate(5e-4, "a student that is trained already")
+"""That of ``recipes/compare_smollm2.yaml``, and of ``recipes/gpt2_dolly.yaml``, the paper's setting."""
+
 ADAPTER = DefaultRate(2e-3, "an adapter")
+"""LoRA bears a multiple of what all weights are given: AKL of that GPT-2 student, trained a little, fell from 0.74 to
+0.71, 0.69, 0.68 and 0.67 in 50 steps at 1e-3, 2e-3, 4e-3 and 8e-3, and with all weights to 0.56 at 5e-4. Four times
+theirs, as such a small model says little of larger ones."""
 
 
-def default_rate(source: object, model: nn.Module) -> DefaultRate | None:
+def default_rate(source: Any, model: nn.Module) -> DefaultRate | None:
     """The rate for a student; None for a module that does not say whether its weights are new.
 
     Args:
@@ -39,7 +47,8 @@ def default_rate(source: object, model: nn.Module) -> DefaultRate | None:
         return ADAPTER
     if isinstance(source, Mapping) and "model_type" in source:
         return NEW
-    return TRAINED if not isinstance(source, nn.Module) or getattr(source, "name_or_path", "") else None
+    name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else source
+    return TRAINED if name else None
 
 
 def chosen_rate(module: "DistillationModule") -> DefaultRate | None:

@@ -39,6 +39,7 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
             group["lr"] = module.lr
         elif chosen is not None:
             group["lr"] = chosen.rate
+    optimizer.rates = [group["lr"] for group in optimizer.param_groups]  # type: ignore[attr-defined]
     name = module.lr_scheduler
     if isinstance(name, str):
         steps = None if name.startswith("constant") else _steps_of_run(module.trainer, name)
@@ -55,11 +56,11 @@ def say_rate(module: "DistillationModule") -> None:
     """Say which learning rate a run begins with whose user has given none."""
     kind, chosen = class_without_rate(module.optimizer), chosen_rate(module)
     for optimizer in module.trainer.optimizers:
-        # Those of a configure_optimizers of the user's own have no given_rates.
-        if kind is not None and module.lr is None and hasattr(optimizer, "given_rates"):
+        # Those of a configure_optimizers of the user's own have none, and some schedules set others.
+        rates: list[Any] = getattr(optimizer, "rates", [])
+        if kind is not None and module.lr is None and _same(rates, [_rate(group) for group in optimizer.param_groups]):
             why = f"{kind.__name__}'s own" if chosen is None else f"for {chosen.of}"
-            rate = _text(_rate(optimizer.param_groups[0]))
-            rank_zero_info(f"learning rate {rate}, {why}: model.optimizer.lr sets another.")
+            rank_zero_info(f"learning rate {_text(rates[0])}, {why}: model.optimizer.lr sets another.")
 
 
 def try_optimizer(optimizer: Any, lr_scheduler: Any, ends: bool) -> None:
@@ -122,9 +123,10 @@ def _steps_of_run(trainer: Trainer, schedule: str) -> int:
 # Going on from a checkpoint
 
 Settings = dict[str, Any]
-"""``optimizers``, each with its ``kind``, its ``groups``, whose ``params`` are names, and the rates it was ``given``,
-None where the user gives none; ``schedules``, each with its ``kind``, the ``interval`` at which it steps and the
-``state`` in which it begins; and ``lr``, which the module has set in place of the rates given."""
+"""``optimizers``, each with its ``kind``, its ``groups``, whose ``params`` are names, the rates it was ``given``, None
+where the user gives none, and the ``rates`` that it had before a schedule; ``schedules``, each with its ``kind``, the
+``interval`` at which it steps and the ``state`` in which it begins; and ``lr``, which the module has set in place of
+the rates given."""
 
 _STATES = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
 """What changes in torch's schedules while they run, beside what has an underscore in front."""
@@ -145,6 +147,7 @@ def settings_of(module: "DistillationModule") -> Settings:
                         for group in optimizer.param_groups
                     ],
                     "given": getattr(optimizer, "given_rates", None),
+                    "rates": getattr(optimizer, "rates", None),
                 }
                 for optimizer in optimizers
             ],
@@ -172,7 +175,10 @@ def kept_rate(now: Settings, checkpoint: dict[str, Any]) -> float | None:
     given, before = ([optimizer.get("given") for optimizer in of["optimizers"]] for of in (now, then))
     if any(rate is not None for rates in given for rate in rates or [0.0]):
         return then["lr"] if _same(given, before) else None
-    ours, theirs = ({_rate(group) for made in of["optimizers"] for group in made["groups"]} for of in (now, then))
+    ours, theirs = (
+        {rate for made in of["optimizers"] for rate in made.get("rates") or map(_rate, made["groups"])}
+        for of in (now, then)
+    )
     return theirs.pop() if len(theirs) == 1 and theirs != ours else None
 
 

@@ -77,6 +77,18 @@ def test_a_run_that_goes_on_keeps_the_checkpoints(old: bool, tmp_path: Path, sai
     assert run.rates == pytest.approx([1e-3] * 2)
 
 
+def test_a_schedule_that_sets_rates_itself_goes_on(tmp_path: Path, said: list[str]) -> None:
+    """Nothing is said of a rate that such a schedule puts aside."""
+
+    def cycle(rate: float) -> dict[str, Any]:
+        kind = torch.optim.lr_scheduler.OneCycleLR
+        return {**NONE, "student": CONFIG, "lr_scheduler": partial(kind, max_lr=rate, total_steps=4)}
+
+    fit(tmp_path, 2, **cycle(0.1))
+    assert fit(tmp_path, 4, True, **cycle(0.2))[0].rates[0] == pytest.approx(0.2 / 25)
+    assert not any("stays" in line or line.startswith("learning rate 0") for line in said)
+
+
 def test_another_kind_of_optimizer_has_its_own(tmp_path: Path) -> None:
     fit(tmp_path, 2, student=CONFIG, optimizer=partial(SGD, lr=0.5))
     run, _ = fit(tmp_path, 4, True, **NONE, student=CONFIG)
