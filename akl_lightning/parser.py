@@ -16,6 +16,12 @@ from akl_lightning.divergences import known_divergences
 CLASS = "the name of a class"
 
 
+class ParserExit(SystemExit):
+    """A parser has said all that there is to say: help, a configuration, or a mistake."""
+
+    code: int
+
+
 class OneSentenceParser(LightningArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
 
@@ -45,7 +51,12 @@ class OneSentenceParser(LightningArgumentParser):
             close = get_close_matches(unknown[0], options_of(self), 1)
             message += "".join(f"; did you mean {name}?" for name in close)
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
-        raise SystemExit(2) from ex
+        raise ParserExit(2) from ex
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program with this code."""
+        sys.stderr.write(message or "")
+        raise ParserExit(status)
 
 
 def one_sentence(message: str) -> str:
