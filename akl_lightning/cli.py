@@ -330,8 +330,11 @@ def generate(args: list[str]) -> None:
 
 def judge_answers(args: list[str]) -> None:
     """Let a judge model compare two models' answers: ``akl judge``."""
-    from akl_lightning.evaluation.chat import ChatEndpoint
-    from akl_lightning.evaluation.judge import judge
+    try:
+        from akl_lightning.evaluation.chat import ChatEndpoint
+        from akl_lightning.evaluation.judge import judge
+    except ImportError as error:
+        raise UsageError(f'akl judge needs {error.name}: pip install -e ".[judge]".') from error
 
     parser = OneSentenceParser(prog="akl judge", description=DESCRIPTIONS["judge"])
     parser.add_function_arguments(judge, skip={"endpoint"}, as_positional=True)
@@ -360,8 +363,8 @@ class CommandCLI(DistillationCLI):
             return
         subcommands = subcommands_of(self.parser)
         for name, command in COMMANDS.items():
-            parser = capture_parser(command, [])
-            subcommands.add_subcommand(name, parser, help=parser.description)
+            with suppress(UsageError):  # one that needs a package which is not there
+                subcommands.add_subcommand(name, capture_parser(command, []), help=DESCRIPTIONS[name])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse a command behind an option: it is no method of the Trainer."""
