@@ -42,7 +42,7 @@ from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import try_optimizer
-from akl_lightning.parser import OneSentenceParser, one_sentence
+from akl_lightning.parser import OneSentenceParser
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
 
@@ -125,17 +125,17 @@ class InstructionCLI(LightningCLI):
 
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
-    """Say what jsonargparse says of an error in one sentence; a bug in a class is shown as it is."""
+    """Say in one sentence what a class has raised, without what jsonargparse says of it; a bug is shown as it is."""
     try:
         yield
     except ValueError as error:
-        # What the class has raised, behind what jsonargparse says of it.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
             raise
-        raise UsageError(one_sentence(str(error))) from error
+        names = re.findall(r"class_path='([\w.]+)'", str(error))[:1]
+        raise UsageError(": ".join([*names, " ".join(str(cause).split())])) from error
 
 
 def _first_name(models: Iterable[Any]) -> str:
