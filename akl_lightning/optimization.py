@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
@@ -43,6 +42,8 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
     name = module.lr_scheduler
     if isinstance(name, str):
         steps = None if name.startswith("constant") else _steps_of_run(module.trainer, name)
+        from transformers import get_scheduler  # PEFT comes with it, which no command line waits for
+
         scheduler = get_scheduler(name, optimizer, module.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
     schedule = name(optimizer)

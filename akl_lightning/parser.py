@@ -16,6 +16,12 @@ from akl_lightning.divergences import known_divergences
 CLASS = "the name of a class"
 
 
+class ParserExit(SystemExit):
+    """A parser has said all that there is to say: help, a configuration, or a mistake."""
+
+    code: int
+
+
 class OneSentenceParser(LightningArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
 
@@ -53,11 +59,19 @@ class OneSentenceParser(LightningArgumentParser):
             close = get_close_matches(unknown[0], options_of(self), 1)
             message += "".join(f"; did you mean {name}?" for name in close)
         sys.stderr.write(f"error: {message}\n(--help lists the options)\n")
-        raise SystemExit(2) from ex
+        raise ParserExit(2) from ex
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program with this code."""
+        sys.stderr.write(message or "")
+        raise ParserExit(status)
 
 
 def one_sentence(message: str) -> str:
     """What jsonargparse says of a value, without the types that it has tried and their reasons.
+
+    It says so in words alone. Where they are other words than those of the versions that are known here, all of them
+    are kept, on one line.
 
     >>> one_sentence('''Parser key "trainer.max_epochs":
     ...   Does not validate against any of the Union subtypes
@@ -69,32 +83,40 @@ def one_sentence(message: str) -> str:
     ...   Given value: three''')
     "trainer.max_epochs: expected int or null, got 'three'."
     """
-    stated = re.match(r'\s*Parser key "([^"]+)":(.*)', message, re.S)
-    if stated is None and "Does not validate" not in message:
-        return " ".join(message.split())
-    key, body = ("", message) if stated is None else (stated[1], stated[2])
+    return _known(message) or " ".join(re.sub('^Parser key "(.*)":', r"\1:", message).split())
+
+
+def _known(message: str) -> str | None:
+    stated = re.match(r'Parser key "([^"]+)":(.*)', message, re.S)
+    if stated is None:
+        return None
+    key, body = stated.groups()
     reasons = _reasons(body)
     # The first type is the one that was meant, but that a class may be given by its name alone; with options, a class.
     options = re.search(r"Given value: (Namespace|NestedArg)\(", body)
     reason = next((each for each in reasons if options and not each.startswith("Expected a ")), reasons[0])
     cls = re.findall(r"class_path='([\w.]+)'|$", reason if "class_path='" in reason else body)[0]
-    if problem := re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", reason, re.S):
-        cls, reason = problem[1], problem[2]
-    reason = re.sub(r"Type typing\.Callable.* expects a function or a callable class: ", "", reason)
+    problem = re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", reason, re.S)
+    if problem:
+        cls, reason = problem.groups()
+    reason, callables = re.subn(r"Type typing\.Callable.* expects a function or a callable class: ", "", reason)
     if nested := re.search(r'Parser key ".*', reason if problem else body, re.S):
-        return f"{key}.{one_sentence(nested[0]).removeprefix(f'{key}.')}"
-    if option := re.search(r"Option '([^']+)' is not accepted", reason):
+        inner = _known(nested[0])
+        return inner and f"{key}.{inner.removeprefix(f'{key}.')}"
+    if cls and (option := re.match(r"Option '([^']+)' is not accepted", reason)):
         name = cls.rpartition(".")[2]
         return f"{key}: {name} has no option {option[1]}; --{key}.help {name} lists those it has."
     expected = [_readable(what) for each in reasons for what in re.findall(r"Expected a (.*)", each)]
     value = re.search(r"(?:Got value|import path string): (.*)", reason) or re.search(r"Given value: (.*)", body)
-    if "Expected a" not in reason or value is None:
+    if reason.startswith("Expected a ") and value is not None:
+        if CLASS in expected and set(expected) <= {CLASS, "Iterable", "bool", "null"}:
+            names = f"use one of {', '.join(known_divergences())}" if key.endswith("divergence") else "check its name"
+            return f"{key}: there is no {value[1]}; {names}, or give the path to import it from."
+        return f"{key}: expected {' or '.join(dict.fromkeys(expected))}, got {value[1].split('. Got value')[0]!r}."
+    if problem or callables:
         found_where = "; PYTHONPATH=. lets one of this folder be found" if "No module named" in reason else ""
         return ": ".join(filter(None, (key, cls, " ".join(reason.split())))) + found_where
-    if CLASS in expected and set(expected) <= {CLASS, "Iterable", "bool", "null"}:
-        names = f"use one of {', '.join(known_divergences())}" if key.endswith("divergence") else "check its name"
-        return f"{key}: there is no {value[1]}; {names}, or give the path to import it from."
-    return f"{key}: expected {' or '.join(dict.fromkeys(expected))}, got {value[1].split('. Got value')[0]!r}."
+    return None
 
 
 def _reasons(body: str) -> list[str]:

@@ -1,21 +1,25 @@
 """A model's answers in a JSON Lines file, which a run that was broken off goes on from."""
 
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data.messages import content_text
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
+from akl_lightning.data.files import json_lines
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.models.generation import up_to_end
@@ -268,3 +272,82 @@ def _read(file: Path) -> list[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two models' answers to the same prompts
+
+Prompt = tuple[str, str, int | None, int]
+"""Instruction, input, seed, and a number that tells lines apart that are equal in all three."""
+
+
+class AnswerPair(NamedTuple):
+    """The answers of two models to one prompt."""
+
+    prompt: Prompt
+    a: str
+    b: str
+
+
+def answers_by_prompt(path: Path) -> dict[Prompt, str]:
+    """The answers in a JSON Lines file with ``instruction``, ``input``, ``seed`` and ``answer`` on each line.
+
+    ``input`` and ``seed`` may be missing, and ``seed`` may be null.
+
+    Raises:
+        UsageError: there is no such file, no answer in it, or a line that is no answer.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}: give the JSON Lines file of a model's answers.")
+    answers: dict[Prompt, str] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
+    for record, where in json_lines(path):
+        record = {"input": "", "seed": None, **record}
+        for name in ("instruction", "input", "answer"):
+            if not isinstance(record.get(name), str):
+                raise UsageError(f"{where} has no text under {name!r}: mend or remove the line.")
+        if type(record["seed"]) not in (int, type(None)):
+            raise UsageError(f"{where} has {record['seed']!r} as its seed: write a whole number or null.")
+        same = (record["instruction"], record["input"], record["seed"])
+        answers[(*same, seen[same])] = record["answer"]
+        seen[same] += 1
+    if not answers:
+        raise UsageError(f"{path} holds no answer: give the JSON Lines file of a model's answers.")
+    return answers
+
+
+def pair_answers(path_a: str, path_b: str) -> tuple[list[AnswerPair], dict[str, Any]]:
+    """The pairs of answers to the same instruction and input with the same seed, in the order of the first file.
+
+    What has no counterpart is left out with a warning.
+
+    Returns:
+        The pairs, and what the result says of the files.
+
+    Raises:
+        UsageError: there is no pair, or no answer in a file.
+    """
+    a, b = answers_by_prompt(Path(path_a)), answers_by_prompt(Path(path_b))
+    pairs = [AnswerPair(prompt, a[prompt], b[prompt]) for prompt in a if prompt in b]
+    for mine, theirs, here, there in ((a, b, path_a, path_b), (b, a, path_b, path_a)):
+        alone = [f"{prompt[0][:60]!r} with seed {prompt[2]}" for prompt in mine if prompt not in theirs]
+        if alone and not pairs:
+            raise UsageError(
+                f"{path_a} and {path_b} have no instruction, input and seed in common ({alone[0]} is only in {here}): "
+                "give answers to the same prompts."
+            )
+        if alone:
+            rank_zero_warn(
+                f"{len(alone)} of {len(mine)} answers in {here} have no counterpart in {there} and are left out; the "
+                f"first is to {alone[0]}."
+            )
+    return pairs, {
+        **{"a": path_a, "b": path_b, "unpaired_a": len(a) - len(pairs), "unpaired_b": len(b) - len(pairs)},
+        "digest": digest([[*pair.prompt, pair.a, pair.b] for pair in pairs]),
+        **{f"empty_{model}": sum(not getattr(pair, model).strip() for pair in pairs) for model in "ab"},
+    }
+
+
+def digest(content: Any) -> str:
+    """What tells a content that JSON can hold from others."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

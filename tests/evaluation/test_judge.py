@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import resource
 import signal
@@ -13,8 +14,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,9 @@ from jsonargparse.typing import SecretStr
 from akl_lightning import cli
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation import chat
+from akl_lightning.evaluation.answers import answers_by_prompt, pair_answers
 from akl_lightning.evaluation.chat import ChatEndpoint, Reply, ReplyFile
-from akl_lightning.evaluation.judge import (
-    PROMPT,
-    answers_by_prompt,
-    judge,
-    pair_answers,
-    parse_scores,
-    verdict,
-    wilson_interval,
-)
+from akl_lightning.evaluation.judge import PROMPT, judge, parse_scores, verdict
 from akl_lightning.models.load import load_causal_lm, load_tokenizer
 from tests.commands.start import warm
 from tests.evaluation.judge_server import Behaviour, Handler, Server, completion, rate, well, write
@@ -126,17 +118,6 @@ def test_both_orders_decide() -> None:
     assert verdict([Reply("9 5", False, None, None, None), None])[0] == "unanswered"
 
 
-@pytest.mark.parametrize(
-    ("count", "total", "lower", "upper"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_the_interval_is_that_of_newcombes_table(count: int, total: int, lower: float, upper: float) -> None:
-    """Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
-    assert wilson_interval(count, total) == pytest.approx((lower, upper), abs=5e-5)
-    mirrored = wilson_interval(total - count, total)
-    assert mirrored == pytest.approx((1 - upper, 1 - lower), abs=5e-5)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # A server that behaves
 
@@ -147,7 +128,10 @@ def test_win_tie_and_loss_and_nothing_is_asked_twice(
     server, output = serve(well), tmp_path / "judge"
     result = judge(*files, endpoint(server), str(output))
     assert [result[name]["count"] for name in ("win", "tie", "loss")] == [3, 1, 2]
-    assert result["win"]["rate"] == 0.5 and result["win"]["interval"] == list(wilson_interval(3, 6))
+    assert result["win"]["rate"] == 0.5
+    z = 1.959964  # Wilson 1927, for 3 of 6
+    half = z * math.sqrt(0.25 / 6 + (z / 12) ** 2) / (1 + z**2 / 6)
+    assert result["win"]["interval"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
     assert (result["pairs"], result["malformed"], result["unanswered"], result["replies"]) == (6, 0, 0, 12)
     assert (result["prompt_tokens"], result["completion_tokens"]) == (3600, 240)
     assert result["served_models"] == ["ruler-1"] and result["answers"]["empty_a"] == 1
@@ -228,8 +212,8 @@ def test_no_other_key_of_the_environment_is_sent(
 
 def test_replies_go_by_the_same_keys_as_ever() -> None:
     """Or a folder of earlier replies would be asked and paid again."""
-    messages = (("system", "é"), ("user", "\ud83d"))
-    key = ChatEndpoint("ruler", "http://127.0.0.1:9/v1").key(messages)
+    messages = [{"role": "system", "content": "é"}, {"role": "user", "content": "\ud83d"}]
+    key, _ = ChatEndpoint("ruler", "http://127.0.0.1:9/v1").request(messages)
     assert key == "4fbac2497d86cd68156c8f26dc51e376535b447d9a290d5fd0c56b561987557d"
 
 
@@ -238,7 +222,7 @@ def test_the_client_is_wanted_where_a_judge_is_asked_and_nowhere_else() -> None:
 import sys
 sys.modules["openai"] = sys.modules["tenacity"] = None
 from akl_lightning import cli
-for command in (["--help"], ["judge", "--help"], ["judge", "a", "b"]):
+for command in (["fit", "--help"], ["judge", "a", "b"]):
     sys.argv = ["akl", *command]
     try:
         cli.main()
@@ -247,9 +231,9 @@ for command in (["--help"], ["judge", "--help"], ["judge", "a", "b"]):
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=os.environ)
     assert [line for line in ended.stdout.splitlines() if line.startswith("ended")] == [
-        f"ended with {code}" for code in (0, 0, 2)
+        f"ended with {code}" for code in (0, 2)
     ], ended.stderr
-    assert ended.stderr.endswith('error: akl judge needs the openai client: pip install -e ".[judge]".\n')
+    assert ended.stderr.endswith('error: akl judge needs openai: pip install -e ".[judge]".\n')
 
 
 def test_equal_answers_are_asked_once(serve: Any, tmp_path: Path) -> None:
@@ -407,7 +391,7 @@ def test_nobody_listens(files: tuple[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (401, r"answers 401, it does not take the key: set OPENAI_API_KEY to one that it takes\)"),
+        (401, r"answers 401 \(it does not take the key: set OPENAI_API_KEY to one that it takes\)"),
         (403, r"answers 403 \(no such thing\): look at base_url, model and what the key allows\)"),
         (404, r"answers 404 \(no such thing\): look at base_url"),
         (308, r"answers 308 \(no such thing\): look at base_url"),
@@ -457,14 +441,6 @@ def test_waits_double_and_retry_after_is_obeyed(serve: Any, tmp_path: Path, monk
     assert len(gaps) == 4
     for gap, least in zip(gaps, (0.05, 0.1, 0.2, 1.0), strict=True):
         assert least <= gap < 2 * least + 3
-
-
-def test_retry_after() -> None:
-    seconds = chat.seconds_to_wait
-    assert seconds("7") == 7 and seconds("0.5") == 0.5
-    assert seconds("-1") == seconds("nan") == seconds("") == seconds("soon") == 0
-    assert 28 < seconds(format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)) <= 30
-    assert seconds(format_datetime(datetime.now(UTC) - timedelta(seconds=30), usegmt=True)) == 0
 
 
 def test_a_wait_that_is_too_long_is_not_waited_for(serve: Any, files: tuple[str, str], tmp_path: Path) -> None:
@@ -625,11 +601,11 @@ def test_a_full_disk_leaves_no_half_a_line(tmp_path: Path) -> None:
 
 def test_a_file_of_replies_that_was_tampered_with(tmp_path: Path) -> None:
     good = {"key": "x", "text": "8 7", "cut": False, "model": None, "prompt_tokens": None, "completion_tokens": None}
-    lines = [good, {**good, "text": 5}, {**good, "key": None}, {**good, "more": 1}, [], 3]
+    lines = [good, {**good, "more": 1}, [], 3]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode() + b"\xff\n\n"
     (tmp_path / "replies.jsonl").write_bytes(content)
     replies = ReplyFile(tmp_path / "replies.jsonl")
-    assert replies.get("x") and replies.damaged == [2, 3, 4, 5, 6, 7, 8]
+    assert replies.get("x") and replies.damaged == [2, 3, 4, 5, 6]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -715,9 +691,6 @@ def test_a_folder_of_other_settings_is_refused(serve: Any, files: tuple[str, str
     with pytest.raises(UsageError, match=r"a\.jsonl is a file: give a folder"):
         judge(*files, endpoint(server), files[0])
     assert {path: path.read_bytes() for path in output.iterdir()} == before and len(server.requests) == 12
-    (output / "result.json").write_text("{")
-    with pytest.raises(UsageError, match=r"result\.json is damaged"):
-        judge(*files, endpoint(server), str(output))
 
 
 def test_other_answers_get_a_result_of_their_own_and_share_the_replies(
@@ -770,7 +743,7 @@ def test_equal_prompts_are_told_apart_by_their_order(tmp_path: Path) -> None:
     for name in "ab":
         lines = [{"instruction": "Say", "answer": f"{name}{number}"} for number in range(2)]
         (tmp_path / name).write_text("\n\n".join(map(json.dumps, lines)))
-    pairs = pair_answers(answers_by_prompt(tmp_path / "a"), answers_by_prompt(tmp_path / "b"), ("a", "b"))
+    pairs, _ = pair_answers(str(tmp_path / "a"), str(tmp_path / "b"))
     assert [(pair.a, pair.b) for pair in pairs] == [("a0", "b0"), ("a1", "b1")]
 
 
@@ -801,19 +774,20 @@ def test_a_file_that_holds_no_answers(tmp_path: Path, content: bytes, said: str)
     [
         ({"model": None}, "no model is named"),
         ({"base_url": None}, "no endpoint is given"),
-        ({"base_url": "localhost:8000"}, "no http or https address"),
-        ({"base_url": "http://x:port"}, "is no address"),
-        ({"base_url": f"https://user:{KEY}@host/v1"}, "where a key might be"),
-        ({"base_url": f"https://host/v1?key={KEY}"}, "where a key might be"),
+        ({"base_url": "localhost:8000"}, "no plain http or https address"),
+        ({"base_url": "http://x:port"}, "no plain http or https address"),
+        ({"base_url": "http://[::1/v1"}, "no plain http or https address"),
+        ({"base_url": f"https://user:{KEY}@host/v1"}, "no plain http or https address"),
+        ({"base_url": f"https://host/v1?key={KEY}"}, "no plain http or https address"),
         ({"api_key": SecretStr(f"{KEY}\n")}, "the key has blanks"),
         ({"api_key": SecretStr(f"{KEY}é")}, "the key has blanks"),
-        ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
-        ({"max_concurrency": 0}, "max_concurrency must be 1 or more"),
-        ({"max_retries": -1}, "max_retries must be 0 or more"),
-        ({"timeout": 0.0}, "timeout must be a finite number above 0"),
-        ({"max_seconds": float("nan")}, "max_seconds must be a finite number above 0"),
+        ({"max_tokens": 0}, "max_tokens must be finite and above 0, got 0"),
+        ({"max_concurrency": 0}, "max_concurrency must be finite and above 0"),
+        ({"max_retries": -1}, "max_retries must be finite and 0 or more"),
+        ({"timeout": 0.0}, "timeout must be finite and above 0"),
+        ({"max_seconds": float("nan")}, "max_seconds must be finite and above 0"),
         ({"max_cost": 1.0, "input_price": 1.0}, "give output_price, too"),
-        ({"input_price": float("inf")}, "input_price must be a finite number of 0 or more"),
+        ({"input_price": float("inf")}, "input_price must be finite and 0 or more"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], said: str) -> None:

@@ -1,0 +1,72 @@
+"""``akl`` before anything heavy is imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from akl_lightning import cli, entry
+from akl_lightning.compat import options_of, subcommands_of
+
+
+def akl(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Its exit code; whatever would need more than names is an error."""
+    monkeypatch.setattr(sys, "argv", ["akl", *arguments])
+    monkeypatch.setitem(sys.modules, "akl_lightning.cli", None)
+    try:
+        entry.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command is given: give one of fit, validate, test, predict, cache, generate, judge."),
+        (["fitt", "--help"], "there is no command fitt: did you mean fit?"),
+        (["distil"], "there is no command distil: give one of fit, validate,"),
+    ],
+)
+def test_a_command_that_is_none_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert akl(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err.split("error: ")[1]
+
+
+def test_the_help_names_what_the_parser_behind_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[cli.OneSentenceParser] = []
+
+    class Caught(cli.CommandCLI):
+        def parse_arguments(self, parser: cli.OneSentenceParser, args: object) -> None:
+            asked.append(parser)
+            raise SystemExit
+
+    monkeypatch.setattr(sys, "argv", ["akl"])
+    cli.set_parsing_settings(add_print_completion_argument=True)
+    with pytest.raises(SystemExit):
+        Caught()
+    assert list(subcommands_of(asked[0]).choices) == list(entry.COMMANDS)
+    # jsonargparse adds --print_completion when it parses.
+    assert set(options_of(entry.command_list())) - {"--print_completion"} <= set(options_of(asked[0]))
+    assert akl(monkeypatch, "--help") == 0
+    output = capsys.readouterr().out
+    assert all(f"{name} " in output and what in output for name, what in entry.COMMANDS.items())
+
+
+def test_what_a_command_line_does_not_need_is_not_imported() -> None:
+    script = """
+import sys
+from akl_lightning import entry
+sys.argv = ["akl", "--help"]
+entry.main()
+print("early:", *sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "jsonargparse", "yaml"}))
+import akl_lightning.cli
+late = {"nltk", "openai", "peft", "tenacity", "tensorboard"}
+print("late:", *sorted({name.partition(".")[0] for name in sys.modules} & late))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.splitlines()[-2:] == ["early:", "late:"]
