@@ -44,7 +44,7 @@ from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import end_after_epochs, try_optimizer
-from akl_lightning.parser import OneSentenceParser, one_sentence
+from akl_lightning.parser import OneSentenceParser
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
 

@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from akl_lightning.checkpoint import atomic_file, check_writable
+from akl_lightning.data.files import json_lines
 from akl_lightning.data.messages import content_text
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
-from akl_lightning.data.files import json_lines
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.models.generation import up_to_end
