@@ -98,8 +98,8 @@ Logits = Tensor | Projection | TopLogProbs
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
 
 
-def rows_of(logits: Logits, tokens: slice) -> Logits:
-    """Those of some tokens alone."""
+def rows_of(logits: Logits, tokens: slice | Tensor) -> Logits:
+    """Those of some tokens alone, given as a slice or by their numbers."""
     if isinstance(logits, Tensor):
         return logits[tokens]
     if isinstance(logits, Projection):
