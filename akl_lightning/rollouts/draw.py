@@ -296,10 +296,9 @@ class Rollouts(OffPolicy):
 
     def end_validation(self) -> None:
         """Log the mean over the tokens of the responses."""
-        mean = self._rkl.compute()
+        if self.settings.validation_samples and not self.module.trainer.sanity_checking:
+            self.module.log("val/rollout_rkl", self._rkl.compute().float())
         self._rkl.reset()
-        if not mean.isnan():
-            self.module.log("val/rollout_rkl", mean.float())
 
     # ----------------------------------------------------------------------------------------------------------------
     # Checkpoints

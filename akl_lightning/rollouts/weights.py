@@ -76,7 +76,8 @@ class WholeModel:
         first = None if adapted else dtype
         of_parameter: dict[int, nn.Parameter] = {}
         for name, weight in self._weights():
-            if ids[name] not in of_parameter:
+            # Tied weights come apart where an adapter of the head is merged, which the embedding has no part in.
+            if adapted or ids[name] not in of_parameter:
                 own = weight.to(first if first is not None and weight.is_floating_point() else weight.dtype, copy=True)
                 of_parameter[ids[name]] = nn.Parameter(own, requires_grad=False)
             parent, _, last = name.rpartition(".")

@@ -79,7 +79,13 @@ def fit(
     accumulate = changed.pop("accumulate", 1)
     seen = Seen()
     trainer = Trainer(
-        **{**QUIET, "max_epochs": 1, **trainer_settings, "limit_val_batches": changed.pop("val_batches", 0)},
+        **{
+            **QUIET,
+            "enable_checkpointing": bool(callbacks),
+            "max_epochs": 1,
+            **trainer_settings,
+            "limit_val_batches": changed.pop("val_batches", 0),
+        },
         accumulate_grad_batches=accumulate,
         callbacks=[seen, *callbacks],
     )
@@ -235,7 +241,9 @@ def test_the_last_turn_is_answered_or_any() -> None:
 # What it costs
 
 
-def by_hand(own: DistillationModule, weights: dict[str, Tensor], batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def by_hand(
+    own: DistillationModule, weights: dict[str, Tensor], batch: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
     """FKL and RKL of each response token, dense in float64, and which of them are rollouts'."""
     models = gpt2(16).double(), own.teacher.model.model
     models[0].load_state_dict(weights)
@@ -286,7 +294,9 @@ def test_rollouts_may_have_a_divergence_of_their_own(tokenizer: Any, corpus: str
 def test_a_divergence_that_is_the_same_gives_the_same_run(tokenizer: Any, corpus: str) -> None:
     data = data_of(tokenizer, corpus)
     one, _, _ = fit(OnPolicy(0.5, SHORT), data, criterion=DistillationCriterion(JensenShannon()))
-    two, _, _ = fit(OnPolicy(0.5, SHORT, divergence=JensenShannon()), data, criterion=DistillationCriterion(JensenShannon()))
+    two, _, _ = fit(
+        OnPolicy(0.5, SHORT, divergence=JensenShannon()), data, criterion=DistillationCriterion(JensenShannon())
+    )
     assert (parameters(one) - parameters(two)).norm() < 1e-5 * parameters(one).norm()
 
 
@@ -356,7 +366,7 @@ def test_lora_samples_from_the_merged_weights(tokenizer: Any, corpus: str) -> No
             logits.append(weights.model.model(ids).logits - own.student.model.eval()(ids).logits)
             own.student.model.train()
 
-    own = module(OnPolicy(0.5, SHORT, engine=Looking()), lora=LoraSettings(rank=2, target_modules=["c_attn"]))
+    own = module(OnPolicy(1.0, SHORT, engine=Looking()), lora=LoraSettings(rank=2, target_modules=["c_attn"]))
     before = {name: p.clone() for name, p in own.named_parameters()}
     Trainer(**QUIET, max_epochs=1, limit_val_batches=0).fit(own, data_of(tokenizer, corpus))
     changed = {name for name, p in own.named_parameters() if not torch.equal(p, before[name])}
@@ -391,7 +401,9 @@ def test_killed_within_a_refresh_a_run_goes_on_with_the_same_rollouts(
     assert waiting if step == 2 else not waiting or step == 5
     resumed, seen, _ = fit(settings, data, [], tmp_path / "last.ckpt", max_epochs=2, accumulate=2)
     assert torch.equal(parameters(resumed), parameters(whole))
-    expected = {key: tokens for key, tokens in undisturbed.responses.items() if key[0] in {s for s, _ in seen.responses}}
+    expected = {
+        key: tokens for key, tokens in undisturbed.responses.items() if key[0] in {s for s, _ in seen.responses}
+    }
     assert seen.responses == expected and min(s for s, _ in seen.responses) <= step
 
 
@@ -416,7 +428,9 @@ def test_an_engine_that_fails_ends_the_run_in_one_sentence_and_nothing_is_lost(
     data = data_of(tokenizer, corpus)
     whole, _, _ = fit(OnPolicy(1.0, SHORT), data, max_epochs=2)
     last = LastCheckpoint(tmp_path)
-    with pytest.raises(EngineError, match=f"step {calls}, Failing says: no more room; mend that and go on from the last"):
+    with pytest.raises(
+        EngineError, match=f"step {calls}, Failing says: no more room; mend that and go on from the last"
+    ):
         fit(OnPolicy(1.0, SHORT, engine=Failing(calls)), data, [last], max_epochs=2)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == calls
     resumed, seen, _ = fit(OnPolicy(1.0, SHORT), data, [], tmp_path / "last.ckpt", max_epochs=2)
