@@ -31,7 +31,7 @@ def refused(match: str, data: Any, on_policy: OnPolicy = OnPolicy(0.5, Sampling(
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_a_share_is_a_fraction(share: float) -> None:
-    with pytest.raises(UsageError, match="on_policy.share"):
+    with pytest.raises(UsageError, match=r"on_policy\.share"):
         OnPolicy(share)
 
 

@@ -73,7 +73,7 @@ def test_continuous_batching_answers_and_leaves_everything_as_it_was(weights: We
 
 
 def test_too_little_memory_is_said(weights: Weights) -> None:
-    with pytest.raises(UsageError, match="engine.memory = 1e-06 GiB holds no response to the longest prompt"):
+    with pytest.raises(UsageError, match=r"engine\.memory = 1e-06 GiB holds no response to the longest prompt"):
         sampled(ContinuousBatching(memory=1e-6), weights)
     with pytest.raises(UsageError, match="above 0"):
         ContinuousBatching(memory=0)

@@ -1,6 +1,5 @@
 """Training on-policy: tiny models, everything recomputed by hand."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
-from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.models.lora import LoraSettings
 from akl_lightning.module import DistillationModule
-from akl_lightning.rollouts import Engine, GenerateEngine, OnPolicy, Sampling, Weights
+from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling, Weights
 from akl_lightning.rollouts.batches import samples_of
 from akl_lightning.rollouts.sampler import EngineError
 from tests import references
-from tests.conftest import PAIRS, QUIET, gpt2
+from tests.conftest import QUIET, gpt2
 from tests.test_module import loader, parameters, samples
 
 SHORT = Sampling(max_new_tokens=6)
@@ -215,7 +213,7 @@ def test_the_teacher_may_answer_or_one_of_the_two(tokenizer: Any, corpus: str) -
 
 def test_prompts_alone_are_answered_in_a_plain_dataloader() -> None:
     batches = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in samples(4)]
-    own, seen, trainer = fit(OnPolicy(0.25, SHORT), loader(batches))
+    _, seen, trainer = fit(OnPolicy(0.25, SHORT), loader(batches))
     assert all(batch["rollouts"].samples.all() for batch in seen.batches)
     assert trainer.callback_metrics["train/rollout_length"] > 1
     # The same prompt twice in a batch has two answers.
