@@ -13,7 +13,8 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from recipes.compare_divergences import BASELINES, difference, draw, spread
+from akl_lightning.comparison import difference, spread
+from recipes.compare_divergences import BASELINES, draw
 from tests.commands.start import python
 from tests.conftest import PAIRS, gpt2
 
