@@ -38,3 +38,14 @@ def response_of(batch: Batch, criterion: "DistillationCriterion") -> Response:
         if key not in batch:
             raise UsageError(f"the batch has no {key!r}, only {list(batch)}: let the DataLoader yield all three.")
     return Response(*criterion.response_positions(batch["labels"]))
+
+
+def turns_of(batch: Batch, criterion: "DistillationCriterion") -> dict[str, Tensor]:
+    """``turn``: the number of the assistant's turn that each response token belongs to, ``[tokens]``, from 0.
+
+    Nothing where the batch has no ``turn`` ``[batch, length]``, as of plain prompts and responses.
+    """
+    if "turn" not in batch:
+        return {}
+    response = batch["response"] if "response" in batch else response_of(batch, criterion)
+    return {"turn": batch["turn"].flatten()[response.positions + 1]}  # positions are those before the tokens

@@ -34,12 +34,14 @@ from akl_lightning.callbacks import (
 from akl_lightning.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.show import show_samples
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
+from akl_lightning.learning_rate import chosen_rate, leave_out_default
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
-from akl_lightning.optimization import try_optimizer
+from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser, one_sentence
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
@@ -160,6 +162,9 @@ class DistillationCLI(InstructionCLI):
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
+        leave_out_default(config.model.optimizer)
+        if self.subcommand in (None, "fit"):
+            end_after_epochs(config.trainer)
         self.look_first()
         super().before_instantiate_classes()
 
@@ -183,8 +188,9 @@ class DistillationCLI(InstructionCLI):
             for callback in callbacks:
                 if isinstance(callback, HeadTailPlot | LastCheckpoint | StudentExport):
                     callback.look(root, goes_on=checkpoint is not None)
-            # Without any, Lightning takes 1,000 epochs.
-            ends = config.trainer.max_epochs != -1 or config.trainer.max_steps != -1
+            given = config.trainer
+            endless = given.max_epochs == -1 or (given.max_epochs is None and given.max_time is not None)
+            ends = not endless or given.max_steps != -1 or bool(given.fast_dev_run)
             try_optimizer(settings.model.optimizer, settings.model.lr_scheduler, ends)
 
     def instantiate_classes(self) -> None:
@@ -194,6 +200,9 @@ class DistillationCLI(InstructionCLI):
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
         self.datamodule.splits = data.splits
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if (chosen := chosen_rate(self.model)) is not None and not config.get("ckpt_path"):
+            config.model.optimizer.init_args.lr = chosen.rate  # for the config.yaml of the run
 
     def _without_models(self) -> Namespace:
         """The settings, what they name made into objects, but for models, loggers and what is not the package's own."""
@@ -257,7 +266,7 @@ def run_command(main: Callable[[], object]) -> None:
     logger.addFilter(lambda record: noise.search(str(record.msg)) is None)
     # Its handler keeps the stream that it began with, past the one that a progress bar puts in its place.
     for handler in logging.getLogger("lightning.pytorch").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # not what captures it for somebody
             handler.emit = partial(_say, handler)  # type: ignore[method-assign]
     # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
     warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
@@ -339,7 +348,12 @@ def judge_answers(args: list[str]) -> None:
     judge(config.answers_a, config.answers_b, ChatEndpoint(**{name: config[name] for name in names}), config.output)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"cache": cache, "generate": generate, "judge": judge_answers}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "cache": cache,
+    "generate": generate,
+    "judge": judge_answers,
+    "show": show_samples,
+}
 """What ``akl`` has besides the subcommands of the Lightning CLI."""
 
 

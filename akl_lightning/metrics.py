@@ -79,6 +79,56 @@ class HeadTailError(Metric):
         return {"head_error": self.head / self.tokens, "tail_error": self.tail / self.tokens}
 
 
+class TurnErrors(Metric):
+    """Mean head gap and mean tail gap of the tokens of each assistant turn, over all conversations.
+
+    The last of the turns that are told apart holds all later ones too.
+
+    Args:
+        turns: how many are told apart.
+
+    >>> errors = TurnErrors(turns=2)
+    >>> gaps = torch.tensor([0.5, 0.25, 1.0, 0.0])
+    >>> errors.update(head_gap=gaps, tail_gap=2 * gaps, turn=torch.tensor([0, 0, 1, 3]))
+    >>> {name: value.item() for name, value in errors.compute().items() if "head" in name}
+    {'turn_1/head_error': 0.375, 'turn_2_on/head_error': 0.5}
+    """
+
+    full_state_update = False
+    head: Tensor
+    tail: Tensor
+    tokens: Tensor
+
+    def __init__(self, turns: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.turns = turns
+        for state in ("head", "tail", "tokens"):
+            self.add_state(state, torch.zeros(turns, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None, turn: Tensor | None = None
+    ) -> None:
+        """Add the gaps ``[tokens]`` of one batch; ``turn`` ``[tokens]`` numbers the turns from 0.
+
+        A batch without a teacher, or that knows no turns, adds nothing.
+        """
+        if head_gap is not None and tail_gap is not None and turn is not None:
+            # A row for each turn, not index_add, which on a GPU adds up in another order every time.
+            of_turn = turn.clamp(max=self.turns - 1) == torch.arange(self.turns, device=turn.device)[:, None]
+            self.head = self.head + torch.where(of_turn, head_gap.double(), 0.0).sum(1)
+            self.tail = self.tail + torch.where(of_turn, tail_gap.double(), 0.0).sum(1)
+            self.tokens = self.tokens + of_turn.sum(1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``turn_1/head_error``, ``turn_1/tail_error`` and so on, scalars; nothing of first turns alone."""
+        seen = [number for number, count in enumerate(self.tokens.tolist()) if count]
+        if not any(seen):
+            return {}
+        names = {number: f"turn_{number + 1}" + "_on" * (number == self.turns - 1) for number in seen}
+        gaps = {"head_error": self.head, "tail_error": self.tail}
+        return {f"{names[n]}/{name}": gap[n] / self.tokens[n] for n in seen for name, gap in gaps.items()}
+
+
 def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = False) -> MetricCollection:
     """What is logged once an epoch under ``prefix``, fed with the statistics of the criterion.
 
@@ -94,6 +144,8 @@ def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = Fa
     }
     if with_teacher:
         metrics["head_tail"] = HeadTailError()
+        if prefix != "train/":
+            metrics["turns"] = TurnErrors()
     if with_router:
         metrics["router_loss"] = TokenMean("router_loss")
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)

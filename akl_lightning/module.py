@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.batch import KEYS, Batch, response_of
+from akl_lightning.batch import KEYS, Batch, response_of, turns_of
 from akl_lightning.checkpoint import AtomicCheckpointIO
 from akl_lightning.checks import check_batch, check_callbacks, check_run, leave_out_what_does_not_apply
 from akl_lightning.compat import trainer_of
@@ -52,10 +52,10 @@ class DistillationModule(LightningModule):
     loss of its own adds a sum over tokens too.
 
     Logged: ``{train,val,test}/{loss,divergence,cross_entropy,fkl,rkl,head_error,tail_error,head_weight,
-    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step. Of a mixture
-    of experts whose config asks for its router's loss (``output_router_logits``), that is added as ``transformers``
-    weighs it, times the response tokens of a micro-batch, and logged as ``router_loss``; it alone depends on how
-    samples are split into micro-batches.
+    top1_agreement}`` once an epoch, as means over all response tokens, and ``train/loss_step`` every step; of several
+    turns each one's, ``{val,test}/turn_1/{head_error,tail_error}`` and so on. Of a mixture of experts whose config asks
+    for its router's loss (``output_router_logits``), that is added as ``transformers`` weighs it, times the response
+    tokens of a micro-batch, and logged as ``router_loss``, which alone depends on how samples are split into those.
 
     Several sets of validation or test samples, a list or mapping of loaders, are each logged under their own name, as
     ``val/NAME/...`` (a mapping's key, a list's number from 0); the first as ``val/...``, too, where ``monitor`` looks.
@@ -73,7 +73,7 @@ class DistillationModule(LightningModule):
             ``cache:`` and the folder that ``akl cache`` has written, or ``base`` for the model under the student's
             adapter; None only with ``criterion.alpha = 0``.
         criterion: what a batch costs.
-        optimizer: called with the trainable parameters.
+        optimizer: called with the trainable parameters; an Adam without ``lr`` gets one by what is trained.
         lr_scheduler: the name of a schedule of ``transformers`` that spans the whole run and is stepped with every
             optimizer step, or a callable that takes the optimizer and is stepped once an epoch.
         warmup_steps: optimizer steps of linear warm-up, for a schedule given by name.
@@ -308,7 +308,8 @@ class DistillationModule(LightningModule):
 
     def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
-        metrics.update(**output.statistics, **self.rollouts.statistics(batch, output.statistics))
+        more = self.rollouts.statistics(batch, output.statistics) | turns_of(batch, self.criterion)
+        metrics.update(**output.statistics, **more)
         return {"loss": output.loss, "statistics": output.statistics}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -318,9 +319,8 @@ class DistillationModule(LightningModule):
     def generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         """The student's answers; see :meth:`~akl_lightning.models.split.SplitModel.generate`."""
         # Where layers are gathered from all ranks, none may stop before the others have.
-        return self.student.generate(
-            prompts, self.find_tokenizer(), synced_gpus=isinstance(self, FSDPModule), **arguments
-        )
+        together, ends = isinstance(self, FSDPModule), facts_of_run(trainer_of(self)).end_tokens
+        return self.student.generate(prompts, self.find_tokenizer(), ends, **arguments, synced_gpus=together)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count nothing of a batch for which :meth:`training_step` has returned None."""

@@ -16,9 +16,13 @@ from transformers import get_scheduler
 
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
+from akl_lightning.learning_rate import chosen_rate, class_without_rate
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
+
+EPOCHS = 3
+"""Of a run that is given no end."""
 
 
 def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
@@ -28,10 +32,13 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
         UsageError: the optimizer does not accept one of its arguments; a schedule that spans a run without an end.
     """
     optimizer = _optimizer(module.optimizer, [p for p in module.parameters() if p.requires_grad])
-    optimizer.given_rates = [group["lr"] for group in optimizer.param_groups]  # type: ignore[attr-defined]
-    if module.lr is not None:
-        for group in optimizer.param_groups:
+    chosen, given = chosen_rate(module), class_without_rate(module.optimizer) is None
+    optimizer.given_rates = [group["lr"] if given else None for group in optimizer.param_groups]  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        if module.lr is not None:
             group["lr"] = module.lr
+        elif chosen is not None:
+            group["lr"] = chosen.rate
     name = module.lr_scheduler
     if isinstance(name, str):
         steps = None if name.startswith("constant") else _steps_of_run(module.trainer, name)
@@ -42,6 +49,17 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
     if isinstance(schedule, ReduceLROnPlateau):
         config["monitor"] = schedule.monitor
     return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def say_rate(module: "DistillationModule") -> None:
+    """Say which learning rate a run begins with whose user has given none."""
+    kind, chosen = class_without_rate(module.optimizer), chosen_rate(module)
+    for optimizer in module.trainer.optimizers:
+        # Those of a configure_optimizers of the user's own have no given_rates.
+        if kind is not None and module.lr is None and hasattr(optimizer, "given_rates"):
+            why = f"{kind.__name__}'s own" if chosen is None else f"for {chosen.of}"
+            rate = _text(_rate(optimizer.param_groups[0]))
+            rank_zero_info(f"learning rate {rate}, {why}: model.optimizer.lr sets another.")
 
 
 def try_optimizer(optimizer: Any, lr_scheduler: Any, ends: bool) -> None:
@@ -63,6 +81,17 @@ def try_optimizer(optimizer: Any, lr_scheduler: Any, ends: bool) -> None:
             raise UsageError(f"model.lr_scheduler does not accept an argument: {error}; give another value.") from error
     elif not ends and not lr_scheduler.startswith("constant"):
         raise UsageError(_NO_END.format(lr_scheduler))
+
+
+def end_after_epochs(trainer: Any) -> None:
+    """Let a run that is given no end have three epochs, where Lightning would take 1,000, and say so.
+
+    Args:
+        trainer: the settings of the Trainer, as parsed.
+    """
+    if (trainer.max_epochs, trainer.max_steps, trainer.max_time) == (None, -1, None) and not trainer.fast_dev_run:
+        trainer.max_epochs = EPOCHS
+        rank_zero_info(f"{EPOCHS} epochs, as no end is given: trainer.max_epochs, max_steps or max_time sets another.")
 
 
 def _optimizer(make: Any, parameters: list[nn.Parameter]) -> Optimizer:
@@ -93,9 +122,9 @@ def _steps_of_run(trainer: Trainer, schedule: str) -> int:
 # Going on from a checkpoint
 
 Settings = dict[str, Any]
-"""``optimizers``, each with its ``kind``, its ``groups``, whose ``params`` are names, and the rates it was ``given``;
-``schedules``, each with its ``kind``, the ``interval`` at which it steps and the ``state`` in which it begins; and
-``lr``, which the module has set in place of the rates given."""
+"""``optimizers``, each with its ``kind``, its ``groups``, whose ``params`` are names, and the rates it was ``given``,
+None where the user gives none; ``schedules``, each with its ``kind``, the ``interval`` at which it steps and the
+``state`` in which it begins; and ``lr``, which the module has set in place of the rates given."""
 
 _STATES = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
 """What changes in torch's schedules while they run, beside what has an underscore in front."""
@@ -131,13 +160,20 @@ def settings_of(module: "DistillationModule") -> Settings:
     )
 
 
-def found_rate(now: Settings, checkpoint: dict[str, Any]) -> float | None:
-    """The learning rate that a finder has found for the run of a checkpoint, where none other is given since."""
-    then = checkpoint.get("settings") or {"lr": None}
-    if now["lr"] is not None or then["lr"] is None:
+def kept_rate(now: Settings, checkpoint: dict[str, Any]) -> float | None:
+    """The learning rate of a checkpoint's run that this one has to be set to, as it is given none.
+
+    It may have been given then, or chosen, or a finder has found it.
+    """
+    then = checkpoint.get("settings") or _settings_in(checkpoint)
+    pairs = zip(now["optimizers"], then["optimizers"], strict=False)
+    if now["lr"] is not None or any(made["kind"] != before.get("kind", made["kind"]) for made, before in pairs):
         return None
-    given = [[optimizer["given"] for optimizer in of["optimizers"]] for of in (now, then)]
-    return then["lr"] if _same(*given) else None
+    given, before = ([optimizer.get("given") for optimizer in of["optimizers"]] for of in (now, then))
+    if any(rate is not None for rates in given for rate in rates or [0.0]):
+        return then["lr"] if _same(given, before) else None
+    ours, theirs = ({_rate(group) for made in of["optimizers"] for group in made["groups"]} for of in (now, then))
+    return theirs.pop() if len(theirs) == 1 and theirs != ours else None
 
 
 class Continuation:
@@ -302,9 +338,9 @@ def _has_changed(
 def _settings_in(checkpoint: dict[str, Any]) -> Settings:
     """What a checkpoint of an earlier version tells of its settings."""
     # Of a rate that was lowered it does not say from what.
-    lowered = any("num_bad_epochs" in schedule for schedule in checkpoint["lr_schedulers"])
+    lowered = any("num_bad_epochs" in schedule for schedule in checkpoint.get("lr_schedulers", ()))
     optimizers = []
-    for state in checkpoint["optimizer_states"]:
+    for state in checkpoint.get("optimizer_states", ()):
         groups = [{**group, "lr": _rate(group)} for group in state.get("param_groups", [])]
         if lowered:
             groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]

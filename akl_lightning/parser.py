@@ -34,6 +34,14 @@ class OneSentenceParser(LightningArgumentParser):
                     self.error(f"{value} is no YAML: {error}")
         return super().parse_args(args, *more, **settings)
 
+    def dump(self, cfg: Any, *more: Any, **settings: Any) -> str:
+        """Leave out a learning rate that nobody has given: it is chosen when the student is there."""
+        from akl_lightning.learning_rate import leave_out_default  # which needs torch
+
+        cfg = cfg.clone()
+        leave_out_default(cfg.get("model.optimizer"))
+        return super().dump(cfg, *more, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the mistake and the way out, and exit with code 2."""
         if not self.exit_on_error:  # jsonargparse tries one type after another and catches what does not fit

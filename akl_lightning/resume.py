@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from akl_lightning.data.facts import facts_of_run
 from akl_lightning.data.sampler import accumulated
 from akl_lightning.errors import UsageError
 from akl_lightning.frozen import LEFT_OUT
-from akl_lightning.optimization import Continuation, Settings, found_rate, settings_of
+from akl_lightning.optimization import Continuation, Settings, kept_rate, say_rate, settings_of
 from akl_lightning.parallel import gather_objects
 
 if TYPE_CHECKING:
@@ -62,8 +62,9 @@ class Resume:
         module, trainer = self.module, self.module.trainer
         if self._settings is None or self._checkpoint is None:
             return
-        if (found := found_rate(self._settings, self._checkpoint)) is not None:
-            module.lr = found
+        if (kept := kept_rate(self._settings, self._checkpoint)) is not None:
+            rank_zero_info(f"the learning rate stays {kept:g}, the checkpoint's, as no other is given.")
+            module.lr = kept
             trainer.strategy.setup_optimizers(trainer)
             self.prepare()
             return
@@ -160,6 +161,7 @@ class Resume:
         if trainer.global_rank < len(self._random_states):
             set_random_states(self._random_states[trainer.global_rank])
         self._random_states = []
+        say_rate(self.module)
 
     def _split(self, epoch: int) -> Split:
         trainer = self.module.trainer

@@ -160,7 +160,7 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert akl(monkeypatch, "fit", "--help") == 0
     output = capsys.readouterr().out
     assert "what is trained: a hub name, a local folder" in output and "divergences.AdaptiveKL" in output
-    assert "torch.nn.Bilinear" not in output and len(output.splitlines()) < 700
+    assert "torch.nn.Bilinear" not in output and len(output.splitlines()) < 720
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_help_can_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (["--config=broken.yaml"], "broken.yaml is no YAML: while parsing a flow"),
         (["--config", "date.yaml"], "data.validation_size: expected int or float, got '2020-99-99'."),
         (["--config", "binary.yaml"], "binary.yaml is no YAML: 'utf-8' codec can't decode byte 0xff"),
-        (["--data.source.path", "binary.yaml"], "binary.yaml, line 1 is no JSON in UTF-8 ('utf-8' codec can't decode"),
+        (["--data.source.path", "binary.yaml"], "binary.yaml, line 1 is no JSON in UTF-8 but UTF-16 or UTF-32"),
         (["--trainer.logger", "CometLogger"], "CometLogger: Requirement 'comet-ml"),
     ],
 )
@@ -269,6 +269,10 @@ def test_a_mistake_is_one_sentence(
         ),
         (
             ["--model.lr_scheduler", "cosine", "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"],
+            "which has no end",
+        ),
+        (
+            ["--model.lr_scheduler", "cosine", "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:01:00"],
             "which has no end",
         ),
         (["--model.optimizer.lr", "-1"], "Invalid learning rate"),
@@ -330,7 +334,7 @@ def test_a_bug_in_a_class_of_the_users_own_is_not_hidden(folder: Path, monkeypat
 
 def test_help_knows_all_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert akl(monkeypatch, "--help") == 0
-    assert "{fit,validate,test,predict,cache,generate,judge}" in capsys.readouterr().out
+    assert "{fit,validate,test,predict,cache,generate,judge,show}" in capsys.readouterr().out
     assert akl(monkeypatch, "fti") == 2
     assert "invalid choice: 'fti' (choose from" in capsys.readouterr().err
 
@@ -384,3 +388,30 @@ def test_they_run_from_the_command_line(folder: Path, monkeypatch: pytest.Monkey
     assert (folder / "head_tail_error.png").is_file() and (folder / "student/README.md").is_file()
     (answers,) = (folder / "logs").rglob("answers.jsonl")
     assert {path.name for path in answers.parent.iterdir()} >= {"distributions", "head_weight_map", "head_tail_error"}
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ([], (3, -1, None)),
+        (["--trainer.max_steps", "1"], (None, 1, None)),
+        (["--trainer.max_epochs", "1"], (1, -1, None)),
+        (["--trainer.max_time", "00:00:00:01"], (None, -1, "00:00:00:01")),
+    ],
+)
+def test_a_run_that_is_given_no_end_has_three_epochs(
+    given: list[str], ends: tuple[Any, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("akl_lightning.optimization.rank_zero_info", said.append)
+    few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
+    at = RUN.index("--trainer.max_steps")
+    assert akl(monkeypatch, "fit", *RUN[:at], *RUN[at + 2 :], *few, *given) == 0
+    (saved,) = tmp_path.rglob("config.yaml")
+    trainer = yaml.safe_load(saved.read_text())["trainer"]
+    assert (trainer["max_epochs"], trainer["max_steps"], trainer["max_time"]) == ends
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    if ends[2] is None:
+        assert torch.load(checkpoint, weights_only=True)["global_step"] == max(ends[:2], key=lambda end: end or 0)
+    expected = "3 epochs, as no end is given: trainer.max_epochs, max_steps or max_time sets another."
+    assert [line for line in said if "epochs" in line] == [expected] * (ends[0] == 3)

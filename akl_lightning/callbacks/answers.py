@@ -12,9 +12,10 @@ from akl_lightning.callbacks.checks import require_logger, require_tokenizer
 from akl_lightning.callbacks.loggers import log_figure, log_texts
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
 from akl_lightning.callbacks.surprise import draw_surprise, surprises
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts.draw import Rollouts
 
@@ -29,6 +30,7 @@ class Task(NamedTuple):
 class SampledAnswers(Callback):
     """Let the student answer some validation prompts after every validation, for the loggers.
 
+    Of a conversation the last turn is the reference, and what stands before it the prompt.
     The prompts are the same every time and the answers greedy, of ``model.max_new_tokens`` tokens at most: what changes
     is the student. They go to the loggers as ``answers``: prompt, reference and answer.
 
@@ -83,9 +85,14 @@ class SampledAnswers(Callback):
             return
         assert isinstance(pl_module, DistillationModule)
         for row in response_rows(pl_module, batch)[:wanted]:
-            prompt = batch["input_ids"][row.number, : row.positions[0] + 1]
+            positions, reference = row.positions, row.labels
+            if "turn" in batch:
+                turns = batch["turn"][row.number, positions + 1]
+                last = turns == turns.max()
+                positions, reference = positions[last], reference[last]
+            prompt = batch["input_ids"][row.number, : positions[0] + 1]
             prompt = prompt[batch["attention_mask"][row.number, : len(prompt)].bool()]
-            self._tasks.append(Task(prompt, row.labels))
+            self._tasks.append(Task(prompt, reference))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
@@ -103,7 +110,8 @@ class SampledAnswers(Callback):
         filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)
         batch = _padded([task.prompt for task in tasks] or [filler], float(filler.item()), "left")
         answers = pl_module.predict_step(batch, 0)
-        _log(trainer, tokenizer, tasks, list(answers[: len(tasks)]))
+        ends = pl_module.student.stop_tokens(tokenizer, facts_of_run(trainer).end_tokens)
+        _log(trainer, tokenizer, ends, tasks, list(answers[: len(tasks)]))
 
     def _log_rollouts(
         self, trainer: Trainer, module: DistillationModule, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
@@ -123,7 +131,7 @@ class SampledAnswers(Callback):
         known = batch["labels"] != module.criterion.ignore_index
         answered = [row for row in range(len(tasks)) if known[row].any()]  # others leave no room for an answer
         answers = [batch["input_ids"][row][known[row]] for row in answered]
-        _log(trainer, tokenizer, [tasks[row] for row in answered], answers)
+        _log(trainer, tokenizer, rollouts.sampler.ends, [tasks[row] for row in answered], answers)
         if strips:
             log_figure(trainer, "rollout_surprise", draw_surprise(strips))
 
@@ -135,11 +143,13 @@ def _padded(rows: list[Tensor], pad: float, side: str) -> dict[str, Tensor]:
     }
 
 
-def _log(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], answers: list[Tensor]) -> None:
-    columns: dict[str, Any] = {
+def _log(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, ends: list[int], tasks: list[Task], answers: list[Tensor]
+) -> None:
+    columns: dict[str, list[Any]] = {
         "prompt": [task.prompt for task in tasks],
-        "reference": [task.reference for task in tasks],
-        "answer": answers,
+        "reference": [row for task in tasks for row in up_to_end(task.reference[None], ends)],
+        "answer": [row for answer in answers for row in up_to_end(answer[None], ends)],
     }
     texts = {
         name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []

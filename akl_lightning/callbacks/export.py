@@ -16,7 +16,9 @@ from transformers.utils import logging
 from akl_lightning.callbacks.model_card import model_card
 from akl_lightning.checkpoint import atomic_folder, check_writable, claim_folder
 from akl_lightning.compat import new_model
+from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import stop_tokens
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.vocabulary import tokenizer_of
@@ -177,8 +179,8 @@ class StudentExport(Callback):
                 tokenizer.save_pretrained(folder)
             if model.can_generate():
                 generation = copy.deepcopy(model.generation_config)
-                if tokenizer is not None:
-                    _end_as(generation, tokenizer)
+                ends = stop_tokens(model, tokenizer, facts_of_run(trainer).end_tokens)
+                _end_with(generation, ends, None if tokenizer is None else tokenizer.pad_token_id)
                 generation.save_pretrained(folder)
             card = model_card(trainer, module, f"{which}, after {step:,} optimizer steps", self.validations.get(step))
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -200,14 +202,12 @@ def _named(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _end_as(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let answers end as those of the data do."""
-    ends = generation.eos_token_id
-    if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-        generation.eos_token_id = tokenizer.eos_token_id
-    if generation.pad_token_id is None:
-        pad = tokenizer.pad_token_id
-        generation.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+def _end_with(generation: GenerationConfig, ends: list[int], pad: int | None) -> None:
+    """Let answers end where the module's do."""
+    if ends:
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+        if generation.pad_token_id is None:
+            generation.pad_token_id = ends[0] if pad is None else pad
 
 
 @contextmanager

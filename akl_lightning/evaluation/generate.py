@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import check_writable
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.encode import column
+from akl_lightning.data.facts import data_of, facts_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import AnswerFile, Record
@@ -67,7 +68,7 @@ class AnswerEvaluation(Callback):
         assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
-        depends_on = [model, asdict(self.decoding), *_data(trainer).splits["test"]["prompt"]]
+        depends_on = [model, asdict(self.decoding), *column(_data(trainer).splits["test"], "prompt")]
         key = digest(json.dumps(depends_on).encode())[:8]
         self._file = AnswerFile(str(path).replace("{key}", key), model, self.decoding)
         self._file.open(trainer)
@@ -84,7 +85,7 @@ class AnswerEvaluation(Callback):
         """Answer the prompts of the batch."""
         assert isinstance(pl_module, DistillationModule)
         sharded, data = isinstance(pl_module, FSDPModule), _data(trainer)
-        ends = pl_module.student.stop_tokens(data.tokenizer)
+        ends = pl_module.student.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
         self._file.answer(trainer, data, batch["index"].tolist(), "test", pl_module.generate, ends, sharded)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,6 +106,8 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
         ``rouge_l`` in percent, the mean over seeds; with several seeds ``rouge_l_sd``, their standard deviation; and
         the figures of :func:`~akl_lightning.evaluation.diversity.diversity`.
     """
+    if not answers:  # documents alone
+        return {}
     scores = [
         rouge_l([record["answer"] for record in column], [record["references"] for record in column])
         for column in zip(*answers, strict=True)
@@ -179,14 +182,14 @@ class AnswerWriter(LightningModule):
         """Answer the prompts of the batch; how many there are."""
         data = _data(self.trainer)
         sharded, split = isinstance(self.language_model.model, FSDPModule), data.predict_split
-        ends = self.language_model.model.stop_tokens(data.tokenizer)
+        ends = self.language_model.model.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
         self._file.answer(self.trainer, data, batch["index"].tolist(), split, self._generate, ends, sharded)
         return len(batch["index"])
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
         model = self.language_model.model.eval()
-        sharded = isinstance(model, FSDPModule)
-        return model.generate(prompts, _data(self.trainer).tokenizer, **arguments, synced_gpus=sharded)
+        sharded, facts = isinstance(model, FSDPModule), facts_of_run(self.trainer)
+        return model.generate(prompts, facts.tokenizer, facts.end_tokens, **arguments, synced_gpus=sharded)
 
     def on_predict_end(self) -> None:
         """Make one file of what the processes have written."""

@@ -1,17 +1,41 @@
-"""Answers decoded as they are asked for: a model's own generation config says where they end, and nothing else."""
+"""Answers decoded as they are asked for; of a model's own generation config only where they end is taken over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def stop_tokens(model: object, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end of text, and those of a model's generation config."""
+def stop_tokens(
+    model: object, tokenizer: PreTrainedTokenizerBase | None, end_tokens: Sequence[int] | None = None
+) -> list[int]:
+    """Tokens any of which ends an answer, each once.
+
+    Args:
+        model: those of its generation config.
+        tokenizer: its end of text, where it is known; the first.
+        end_tokens: with which the template of the data ends a turn, where it is known.
+    """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = [] if named is None else [named] if isinstance(named, int) else list(named)
     first = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*first, *own]))
+    return list(dict.fromkeys([*first, *(end_tokens or ()), *own]))
+
+
+def up_to_end(tokens: Tensor, ends: Sequence[int]) -> list[list[int]]:
+    """Each answer without the token that ends it, which a tokenizer need not know to be special, and what is behind.
+
+    Args:
+        tokens: answers ``[batch, new_tokens]``.
+        ends: the :func:`stop_tokens`.
+
+    >>> from torch import tensor
+    >>> up_to_end(tensor([[5, 2, 0], [7, 8, 9]]), [1, 2])
+    [[5], [7, 8, 9]]
+    """
+    rows = tokens.tolist()
+    return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
 @contextmanager

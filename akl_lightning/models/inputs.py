@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from akl_lightning.errors import UsageError
 
 OURS = frozenset(
-    ("input_ids", "attention_mask", "labels", "index", "response", "layout", "packed", "cached", "rollouts")
+    ("input_ids", "attention_mask", "labels", "index", "turn", "response", "layout", "packed", "cached", "rollouts")
 )
 """Entries of a batch that the package knows or adds."""
 

@@ -1,5 +1,6 @@
 """A causal language model as a body, which gives hidden states, and a head, which projects them."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -143,11 +144,19 @@ class SplitModel(nn.Module):
                 f"which has {len(tokenizer)} tokens: give the {name} vocab_size {len(tokenizer)} or more."
             )
 
-    def stop_tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    def stop_tokens(
+        self, tokenizer: PreTrainedTokenizerBase | None, end_tokens: Sequence[int] | None = None
+    ) -> list[int]:
         """Tokens with which an answer of the model ends, see :func:`~akl_lightning.models.generation.stop_tokens`."""
-        return stop_tokens(self.model if self.causal_lm is None else self.causal_lm, tokenizer)
+        return stop_tokens(self.model if self.causal_lm is None else self.causal_lm, tokenizer, end_tokens)
 
-    def generate(self, prompts: Batch, tokenizer: PreTrainedTokenizerBase | None, **arguments: Any) -> Tensor:
+    def generate(
+        self,
+        prompts: Batch,
+        tokenizer: PreTrainedTokenizerBase | None,
+        end_tokens: Sequence[int] | None = None,
+        **arguments: Any,
+    ) -> Tensor:
         """Answers to left-padded prompts: token ids ``[batch, new_tokens]``; greedy unless it is said otherwise.
 
         Of the generation config of a ``transformers`` model the stop tokens count, and nothing else.
@@ -155,6 +164,7 @@ class SplitModel(nn.Module):
         Args:
             prompts: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
             tokenizer: the data's, with whose end-of-text token an answer ends, too.
+            end_tokens: with which a turn of the data ends, and so an answer.
             arguments: of ``transformers``' ``generate``.
 
         Raises:
@@ -167,7 +177,7 @@ class SplitModel(nn.Module):
             )
         # A module of the user's own may know less of this, and have a config all the same.
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        if ends := self.stop_tokens(tokenizer):
+        if ends := self.stop_tokens(tokenizer, end_tokens):
             pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
             settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}

@@ -115,7 +115,7 @@ class Rollouts(OffPolicy):
         else:
             epoch, ahead = self.module.current_epoch, self._ahead
             if step >= ahead.until or epoch != ahead.epoch:
-                coming, until = self._coming(loader, batch, step)
+                coming, until = self._coming(loader, step)
                 answers = self._sample(coming)
                 sampled = sum(len(answer.tokens) for answer in answers)
                 by_task = {(task.step, task.sample): answer for task, answer in zip(coming, answers, strict=True)}
@@ -165,16 +165,14 @@ class Rollouts(OffPolicy):
         loader: Any = self.module.trainer.train_dataloader
         return loader if isinstance(getattr(loader, "sampler", None), StepSampler) else None
 
-    def _coming(self, loader: DataLoader, batch: Batch, step: int) -> tuple[list[Task], int]:
+    def _coming(self, loader: DataLoader, step: int) -> tuple[list[Task], int]:
         """Prompts of this rank's samples in the optimizer steps that are sampled for now, and the step behind them."""
         trainer, sampler = self.module.trainer, loader.sampler
         assert isinstance(sampler, StepSampler)
         order, size = list(sampler), sampler.batch_size
         micro_batches = [order[start : start + size] for start in range(0, len(order), size)]
-        # Within a step the count is one ahead.
-        here = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if micro_batches[here : here + 1] != [batch["index"].tolist()]:
-            here -= 1
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        here = progress.processed  # batches, of this epoch
         per_step = accumulated(trainer, self.module.current_epoch)
         end = min(int(trainer.num_training_batches), here + per_step * self.settings.refresh_every)
         tasks: list[Task] = []

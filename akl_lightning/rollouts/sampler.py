@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.models.layers import evaluating
@@ -66,7 +67,9 @@ class Sampler:
     @property
     def ends(self) -> list[int]:
         """Tokens that end a response."""
-        return self.module.student.stop_tokens(self.module.find_tokenizer())
+        return self.module.student.stop_tokens(
+            self.module.find_tokenizer(), facts_of_run(self.module.trainer).end_tokens
+        )
 
     @property
     def pad(self) -> int:
