@@ -22,7 +22,7 @@ from rich.console import Console
 from akl_lightning.callbacks import DistillationProgressBar
 from akl_lightning.cli import run_command
 from akl_lightning.errors import UsageError
-from akl_lightning.module import DistillationModule
+from akl_lightning.rollouts.off import OffPolicy
 from akl_lightning.runs import distill
 
 console = Console()
@@ -46,30 +46,24 @@ class OnPolicyRecipe(Recipe):
 
 
 def warm_up(cli: OnPolicyRecipe) -> None:
-    """Train the student off-policy, with the same criterion and optimizer: a module without rollouts around it."""
+    """Train the student off-policy, with the same criterion and optimizer."""
     module, settings = cli.model, cli.config.trainer
     if cli.trainer.is_global_zero:
         console.print("[bold]Warm start: on the data's responses")
-    off_policy = DistillationModule(
-        module.student.model,
-        module.teacher.model.model,
-        criterion=module.criterion,
-        optimizer=module.optimizer,
-        lr_scheduler=module.lr_scheduler,
-        warmup_steps=module.warmup_steps,
-    )
+    same = ("accelerator", "devices", "strategy", "precision", "gradient_clip_val", "limit_train_batches")
     trainer = Trainer(
         max_epochs=cli.config.warm_epochs,
         callbacks=[DistillationProgressBar()],
-        **{name: settings[name] for name in ("accelerator", "devices", "precision", "gradient_clip_val")},
-        limit_train_batches=settings.limit_train_batches,
+        **{name: settings[name] for name in same},
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         default_root_dir=cli.run_folder,
     )
-    trainer.fit(off_policy, cli.datamodule)
+    rollouts, module.rollouts = module.rollouts, OffPolicy()
+    trainer.fit(module, cli.datamodule)
+    module.rollouts = rollouts
 
 
 if __name__ == "__main__":

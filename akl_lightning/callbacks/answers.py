@@ -62,7 +62,7 @@ class SampledAnswers(Callback):
                     "no generate method: remove the callback."
                 )
             data = data_of(trainer)
-            if isinstance(data, InstructionDataModule):
+            if isinstance(data, InstructionDataModule) and not pl_module.rollouts.on:  # who ask for room themselves
                 positions = pl_module.student.max_positions
                 data.check_answers_fit("validation", "model.max_new_tokens", pl_module.max_new_tokens, positions)
 

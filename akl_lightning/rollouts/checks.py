@@ -59,12 +59,15 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     if rollouts.settings.responses_from != "student":
         _check_teacher_answers(module)
     data = data_of(module.trainer)
-    if stage == "fit" and isinstance(data, InstructionDataModule):
-        if not max(data.splits["train"]["prompt_length"], default=0):
-            raise UsageError(f"no training sample has a prompt to be answered: give other data, or {off}.")
-        setting, tokens = "on_policy.decoding.max_new_tokens", rollouts.settings.decoding.max_new_tokens
-        room = rollouts.sampler.room
-        data.check_answers_fit("train", setting, tokens, None if room is None else room + tokens)
+    if not isinstance(data, InstructionDataModule):
+        return
+    if stage == "fit" and not max(data.splits["train"]["prompt_length"], default=0):
+        raise UsageError(f"no training sample has a prompt to be answered: give other data, or {off}.")
+    setting, tokens = "on_policy.decoding.max_new_tokens", rollouts.settings.decoding.max_new_tokens
+    positions = None if (room := rollouts.sampler.room) is None else room + tokens
+    splits = ["train"] * (stage == "fit") + ["validation"] * (rollouts.settings.validation_samples > 0)
+    for split in splits:
+        data.check_answers_fit(split, setting, tokens, positions)
 
 
 def _check_teacher_answers(module: "DistillationModule") -> None:
