@@ -17,6 +17,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary
 from akl_lightning.parallel import check_no_averages
+from akl_lightning.rollouts.checks import check_rollouts
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -89,6 +90,7 @@ def check_run(module: "DistillationModule", stage: str) -> None:
         )
     if module.teacher is not None:
         module.teacher.check_run(stage, trainer, module.criterion)
+    check_rollouts(module, stage)
 
 
 def check_batch(module: "DistillationModule", batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,6 +36,7 @@ from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_module
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
+from akl_lightning.rollouts import OnPolicy, choose_rollouts
 from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean, with_router_loss
 
@@ -87,6 +89,7 @@ class DistillationModule(LightningModule):
         activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
             on any number of devices.
         save_frozen: keep in checkpoints what is frozen and lies under the student's name; else they hold its digest.
+        on_policy: let the student answer some prompts anew in every step, and learn from the teacher on its answers.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -113,12 +116,12 @@ class DistillationModule(LightningModule):
         packing: bool = False,
         activation_checkpointing: bool = False,
         save_frozen: bool = False,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
-        plain = {"student": student, "teacher": teacher}
-        plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
+        plain = [n for n, v in (("student", student), ("teacher", teacher)) if isinstance(v, str | dict | None)]
         names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing", "save_frozen")
         self.save_hyperparameters(*plain, *names, logger=False)
         if lora is not None:
@@ -139,14 +142,13 @@ class DistillationModule(LightningModule):
             self.student.checkpoint_activations()
         if compile:
             self.student.compile_body()
-        how = trust_remote_code, teacher_precision, attn_implementation
-        self.teacher = choose_teacher(teacher, self.student, *how)
+        self.teacher = choose_teacher(teacher, self.student, trust_remote_code, teacher_precision, attn_implementation)
         self.criterion = criterion
         self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.warmup_steps = warmup_steps
+        self.lr_scheduler, self.warmup_steps = lr_scheduler, warmup_steps
         self.max_new_tokens = max_new_tokens
         add_metrics(self, teacher is not None, self.student.has_router_loss)
+        self.rollouts = choose_rollouts(self, on_policy)
         self.lr: float | None = None
         """Learning rate of all parameter groups in place of the optimizer's own, or None; Lightning's finder sets it. A
         subclass that overrides :meth:`configure_optimizers` reads it there."""
@@ -172,8 +174,8 @@ class DistillationModule(LightningModule):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":  # nothing of a fit that was broken off
-            self.step_mean.forget()
-            self.resume.forget()
+            for part in (self.step_mean, self.resume, self.rollouts):
+                part.forget()
             self.stop_requested = self.stop_agreed = False
             self.train_metrics.reset()
         leave_out_what_does_not_apply(self.trainer)
@@ -181,8 +183,8 @@ class DistillationModule(LightningModule):
     # No property named tokenizer, which subclasses like to set.
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The data module's, else the one that lies beside student or teacher, or None."""
-        facts = facts_of_run(trainer_of(self))
-        return facts.tokenizer or self.model_tokenizers["student"] or self.model_tokenizers["teacher"]
+        of_data = facts_of_run(trainer_of(self)).tokenizer
+        return of_data or self.model_tokenizers["student"] or self.model_tokenizers["teacher"]
 
     @property
     def in_step(self) -> bool:
@@ -194,6 +196,7 @@ class DistillationModule(LightningModule):
         trainer = trainer_of(self)  # load_from_checkpoint has none
         strategy = None if trainer is None else trainer.strategy
         mesh = data_parallel_mesh(strategy)
+        self.rollouts.outline(mesh)
         if self.teacher is not None and not (trainer and trainer.predicting):
             self.teacher.load(mesh)
         steps = ("training_step", "validation_step", "test_step", "predict_step", "generate", "distributions")
@@ -205,8 +208,7 @@ class DistillationModule(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Find on the host what would have to be waited for on a GPU."""
-        complete = isinstance(batch, Mapping) and all(key in batch for key in KEYS)
-        return self.prepare_batch(batch) if complete else batch
+        return self.prepare_batch(batch) if isinstance(batch, Mapping) and batch.keys() >= set(KEYS) else batch
 
     def prepare_batch(self, batch: Batch) -> dict[str, Any]:
         """Add to a batch what is found from it on the host: a subclass with a transfer hook of its own calls it there.
@@ -223,10 +225,11 @@ class DistillationModule(LightningModule):
             UsageError: one of the three is missing, or holds what a model does not know; a model cannot be given an
                 entry; the teacher's cache lacks a sample.
         """
+        batch = self.rollouts.answer(batch)  # from here on nobody can tell
         response = response_of(batch, self.criterion)
         check_batch(self, batch)
         self.student.check_inputs(batch, "student")
-        prepared = {**batch, "response": response, "layout": lay_out(batch)}
+        prepared = {**batch, "response": response, "layout": lay_out(batch), **self.rollouts.prepare(batch, response)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
         return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
@@ -242,9 +245,8 @@ class DistillationModule(LightningModule):
         try:
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
-            output = self.compare(student, teacher, labels)
-            if (router_loss := self.student.take_router_loss()) is not None:
-                output = with_router_loss(output, router_loss)
+            output = self.rollouts.compare(self, batch, student, teacher, labels)
+            output = with_router_loss(output, self.student.take_router_loss())
         finally:
             if self.teacher is not None:
                 self.teacher.release()
@@ -252,7 +254,9 @@ class DistillationModule(LightningModule):
             self.step_mean.add(trainer.fit_loop.batch_idx, output.loss, output.statistics["cross_entropy"])
         return output
 
-    def compare(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
+    def compare(
+        self, student: Logits, teacher: Logits | None, labels: Tensor, alpha: Tensor | None = None
+    ) -> CriterionOutput:
         """What the response tokens of a batch cost; the place for a loss of one's own on hidden states.
 
         Args:
@@ -260,8 +264,9 @@ class DistillationModule(LightningModule):
                 :class:`~akl_lightning.projection.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
             teacher: likewise, without gradient, live or from a cache; None without a teacher.
             labels: ``[tokens]``, the tokens of the data.
+            alpha: weight of the divergence at each token, ``[tokens]``, where it is not the criterion's at all of them.
         """
-        return self.criterion(student, teacher, labels)
+        return self.criterion(student, teacher, labels, alpha)
 
     @torch.no_grad()
     def distributions(self, batch: Batch, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -293,7 +298,9 @@ class DistillationModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Feed the validation metrics of this set of samples; statistics as in :meth:`training_step`."""
-        return self._step(batch, metrics_of_set(self, "val", dataloader_idx))
+        outputs = self._step(batch, metrics_of_set(self, "val", dataloader_idx))
+        self.rollouts.look(batch, batch_idx, dataloader_idx)
+        return outputs
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Feed the test metrics of this set of samples; statistics as in :meth:`training_step`."""
@@ -301,7 +308,8 @@ class DistillationModule(LightningModule):
 
     def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
-        metrics.update(**output.statistics, **turns_of(batch, self.criterion))
+        more = self.rollouts.statistics(batch, output.statistics) | turns_of(batch, self.criterion)
+        metrics.update(**output.statistics, **more)
         return {"loss": output.loss, "statistics": output.statistics}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -318,6 +326,7 @@ class DistillationModule(LightningModule):
         """Count nothing of a batch for which :meth:`training_step` has returned None."""
         if self.automatic_optimization and not outputs:
             self.step_mean.leave_out(batch_idx)
+        self.rollouts.end_batch()
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means."""
@@ -327,6 +336,7 @@ class DistillationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the validation means."""
         log_sets(self, "val")
+        self.rollouts.end_validation()
         self._release()
 
     def on_test_epoch_end(self) -> None:
@@ -341,9 +351,6 @@ class DistillationModule(LightningModule):
 
     on_predict_epoch_end = _release
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Optimization and checkpoints
-
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its schedule.
 
@@ -356,16 +363,8 @@ class DistillationModule(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Step with gradients that are means over all response tokens of the step."""
-
-        def closure() -> Any:
-            loss = optimizer_closure() if optimizer_closure is not None else None
-            if loss is None:  # Lightning leaves a batch out for which training_step returns None
-                self.step_mean.leave_out(batch_idx)
-            mean = self.step_mean.average(self)
-            self.log("train/loss_step", mean, prog_bar=True, on_step=True, on_epoch=False)
-            return loss
-
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        closed = partial(self.step_mean.close, self, batch_idx, optimizer_closure)
+        super().optimizer_step(epoch, batch_idx, optimizer, closed)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
@@ -391,6 +390,7 @@ class DistillationModule(LightningModule):
     def on_train_start(self) -> None:
         """Go on where the run that is resumed was."""
         self.resume.start()
+        self.rollouts.start()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool | None = True, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -86,6 +86,7 @@ class Resume:
         checkpoint["split"] = self._split(module.current_epoch)
         begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
         checkpoint["within_epoch"] = begun and not trainer.is_last_batch
+        module.rollouts.save(checkpoint)
         checkpoint["random_states"] = gather_objects(trainer, random_states())
         checkpoint["train_metrics"] = {}
         for name, metric in module.train_metrics.items(keep_base=True):
@@ -135,6 +136,7 @@ class Resume:
         # Lightning's finders try some steps before the run, and then go back to where they were.
         module.step_mean.forget()
         module.train_metrics.reset()
+        module.rollouts.load(checkpoint)
         shuffled_here = facts_of_run(trainer).group_by_length is not None
         if shuffled_here and checkpoint.get("within_epoch") and "settings" not in checkpoint:
             rank_zero_warn(

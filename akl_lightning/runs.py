@@ -214,6 +214,9 @@ def distill(cli: RunCLI) -> None:
     look_at("student before", module)
     say("[bold]Distillation")
     trainer.fit(module, data, ckpt_path=cli.config.ckpt_path)
+    if (share := trainer.callback_metrics.get("train/sampling_share")) is not None:
+        speed = trainer.callback_metrics["train/sampling_tokens_per_second"]
+        say(f"Sampling: {share:.0%} of the time of the training batches, {speed:,.0f} tokens a second and device")
     say("[bold]The student after distillation, and the teacher")
     look_at("student after", module)
     # In the student's place, compared with itself; it lies in memory but once.

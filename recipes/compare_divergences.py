@@ -27,16 +27,16 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.checkpoint import atomic_file, newest_checkpoint
-from akl_lightning.cli import DistillationCLI, run_command
+from akl_lightning.cli import run_command
+from akl_lightning.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.data.splits import split_records
@@ -60,8 +60,6 @@ COLUMNS = {
     "cross_entropy": "cross entropy", "fkl": "FKL", "rkl": "RKL", "head_error": "head error",
     "tail_error": "tail error", "rouge_l": "ROUGE-L", "distinct_2": "distinct-2", "self_bleu": "self-BLEU",
 }  # fmt: skip
-# One device a process: work is shared by starting it several times.
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
 
 
 def main(
@@ -99,48 +97,9 @@ def main(
     with FileLock(output / ".prepare.lock"):
         arguments = prepare(output, arguments, teacher, "seqkd" in baselines, train_size, decoding)
     names = [(name, seed) for seed in seeds for name in baselines]
-    look = "{desc} {percentage:3.1f}% |{bar}| {n:.2f}/{total} {remaining}{postfix}"
-    with tqdm(total=len(names), desc="Runs", bar_format=look) as bar:
-        # First those that nobody works on; then, those that somebody else has not finished.
-        missing = list(names)
-        for timeout in (0, -1):
-            for name, seed in list(missing):
-                folder = output / name / f"seed{seed}"
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    with FileLock(folder / ".lock", timeout=timeout):
-                        run(folder, name, seed, arguments, decoding, bar)
-                    missing.remove((name, seed))
-                except Timeout:
-                    continue
-        evaluate_teacher(output / "teacher", teacher, arguments, decoding)
+    share_out(output, names, lambda folder, name, seed, bar: run(folder, name, seed, arguments, decoding, bar))
+    evaluate_teacher(output / "teacher", teacher, arguments, decoding)
     report(output, setting, names, seeds)
-
-
-def remember(output: Path, settings: dict[str, Any]) -> None:
-    """Write down what all runs have in common, or compare it with what was."""
-    path = output / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        before = json.loads(path.read_text())
-        differing = [name for name in settings if before.get(name) != settings[name]]
-        if differing:
-            raise UsageError(f"{output} holds runs with another {' and '.join(differing)}: give another --output.")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write_text(json.dumps(settings, indent=2))
-
-
-class Case(DistillationCLI):
-    """A module, its data and its Trainer, from a list of arguments."""
-
-    def __init__(self, arguments: list[str], callbacks: Sequence[Callback] = ()) -> None:
-        flags = {**QUIET, "enable_progress_bar": False, "callbacks": list(callbacks), "enable_checkpointing": True}
-        super().__init__(args=arguments, run=False, save_config_callback=None, trainer_defaults=flags)
-
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        self.config = parser.parse_args(args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -231,24 +190,16 @@ class Curve(Callback):
         self.points = state_dict["points"]
 
 
-class Progress(Callback):
-    """Move a bar of runs by a share of one."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-        self.moved = 0.0
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        assert trainer.max_epochs
-        share = (trainer.fit_loop.total_batch_idx + 1) / (trainer.num_training_batches * trainer.max_epochs)
-        self.bar.update(share - self.moved)
-        self.moved = share
+def done(trainer: Trainer) -> float:
+    """How much of a run is done."""
+    assert trainer.max_epochs
+    return (trainer.fit_loop.total_batch_idx + 1) / (trainer.num_training_batches * trainer.max_epochs)
 
 
 def run(folder: Path, name: str, seed: int, arguments: list[str], decoding: Decoding, bar: tqdm) -> None:
     """Train, test and write ``result.json``, unless it is there; go on from a checkpoint, where there is one."""
     bar.set_postfix_str(f", {TITLES.get(name, name)}, seed {seed}")
-    progress = Progress(bar)
+    progress = Progress(bar, done)
     if not (folder / "result.json").exists():
         baseline = RECIPES / "baselines" / f"{name}.yaml"
         remember(folder, {"baseline": yaml.safe_load(baseline.read_text())})
@@ -349,31 +300,6 @@ def report(output: Path, setting: Path, names: Sequence[tuple[str, int]], seeds:
         file.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nReport: {output / 'comparison.md'}, with every run in comparison.csv and .json, and comparison.png")
-
-
-def markdown(heading: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation of those seeds that have the figure: an empty answer has no bigrams."""
-    known = [value for value in values if not math.isnan(value)]
-    missing = f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else ""
-    if len(known) < 2:
-        return f"{known[0]:.3f}{missing}" if known else "none"
-    return f"{statistics.fmean(known):.3f} ± {statistics.stdev(known):.3f}{missing}"
-
-
-def difference(values: list[float], reference: list[float]) -> str:
-    """Mean and interval over those seeds where both have the figure."""
-    differences = [value - other for value, other in zip(values, reference, strict=True)]
-    differences = [value for value in differences if not math.isnan(value)]
-    if len(differences) < 2:
-        return "none"
-    mean = statistics.fmean(differences)
-    half = student_t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    text = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
-    return f"**{text}**" if abs(mean) > half else text
 
 
 COLOURS = {"fkl": "#0072b2", "rkl": "#d55e00", "akl": "#009e73", "fkl_rkl": "#cc79a7"}

@@ -6,15 +6,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.callbacks.checks import require_logger, require_tokenizer
-from akl_lightning.callbacks.loggers import log_texts
+from akl_lightning.callbacks.loggers import log_figure, log_texts
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.callbacks.surprise import draw_surprise, surprises
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
+from akl_lightning.rollouts.draw import Rollouts
 
 
 class Task(NamedTuple):
@@ -30,6 +33,9 @@ class SampledAnswers(Callback):
     Of a conversation the last turn is the reference, and what stands before it the prompt.
     The prompts are the same every time and the answers greedy, of ``model.max_new_tokens`` tokens at most: what changes
     is the student. They go to the loggers as ``answers``: prompt, reference and answer.
+
+    On-policy, they are rollouts, the same draws every time, and ``rollout_surprise`` draws along them, token by token,
+    minus the log of the probability that the teacher gives.
 
     Args:
         answers: how many.
@@ -56,7 +62,7 @@ class SampledAnswers(Callback):
                     "no generate method: remove the callback."
                 )
             data = data_of(trainer)
-            if isinstance(data, InstructionDataModule):
+            if isinstance(data, InstructionDataModule) and not pl_module.rollouts.on:  # who ask for room themselves
                 positions = pl_module.student.max_positions
                 data.check_answers_fit("validation", "model.max_new_tokens", pl_module.max_new_tokens, positions)
 
@@ -93,25 +99,60 @@ class SampledAnswers(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DistillationModule)
-        tokenizer, limit = pl_module.find_tokenizer(), pl_module.student.max_positions
+        tokenizer = pl_module.find_tokenizer()
         assert tokenizer is not None
+        if isinstance(pl_module.rollouts, Rollouts):
+            self._log_rollouts(trainer, pl_module, pl_module.rollouts, tokenizer)
+            return
+        limit = pl_module.student.max_positions
         room = None if limit is None else limit - pl_module.max_new_tokens
         tasks = [task for task in self._tasks if room is None or len(task.prompt) <= room]
         filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)
-        prompts = [task.prompt for task in tasks] or [filler]
-        batch = {
-            "input_ids": pad_sequence(prompts, True, float(filler.item()), "left"),
-            "attention_mask": pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left"),
-        }
+        batch = _padded([task.prompt for task in tasks] or [filler], float(filler.item()), "left")
         answers = pl_module.predict_step(batch, 0)
         ends = pl_module.student.stop_tokens(tokenizer, facts_of_run(trainer).end_tokens)
-        columns: dict[str, list[Any]] = {
-            "prompt": [task.prompt for task in tasks],
-            "reference": [row for task in tasks for row in up_to_end(task.reference[None], ends)],
-            "answer": up_to_end(answers[: len(tasks)], ends),
-        }
-        texts = {
-            name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []
-            for name, ids in columns.items()
-        }
-        log_texts(trainer, "answers", [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])
+        _log(trainer, tokenizer, ends, tasks, list(answers[: len(tasks)]))
+
+    def _log_rollouts(
+        self, trainer: Trainer, module: DistillationModule, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Sample as in training, the same draws every time, and ask the teacher of each token."""
+        filler = torch.tensor([tokenizer.eos_token_id or 0], device=module.device)
+        tasks = self._tasks or [Task(filler, filler)]
+        batch = _padded([torch.cat(task) for task in tasks], float(filler.item()), "right")
+        first = torch.tensor([len(task.prompt) for task in tasks], device=module.device)[:, None]
+        places = torch.arange(batch["input_ids"].shape[1], device=module.device)
+        learnt = (places >= first) & batch["attention_mask"].bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~learnt, module.criterion.ignore_index)
+        batch = rollouts.answered_by_student(batch, len(tasks))
+        strips = surprises(module, batch)
+        if not self._tasks:
+            return
+        known = batch["labels"] != module.criterion.ignore_index
+        answered = [row for row in range(len(tasks)) if known[row].any()]  # others leave no room for an answer
+        answers = [batch["input_ids"][row][known[row]] for row in answered]
+        _log(trainer, tokenizer, rollouts.sampler.ends, [tasks[row] for row in answered], answers)
+        if strips:
+            log_figure(trainer, "rollout_surprise", draw_surprise(strips))
+
+
+def _padded(rows: list[Tensor], pad: float, side: str) -> dict[str, Tensor]:
+    return {
+        "input_ids": pad_sequence(rows, True, pad, side),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, side),
+    }
+
+
+def _log(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, ends: list[int], tasks: list[Task], answers: list[Tensor]
+) -> None:
+    columns: dict[str, list[Any]] = {
+        "prompt": [task.prompt for task in tasks],
+        "reference": [row for task in tasks for row in up_to_end(task.reference[None], ends)],
+        "answer": [row for answer in answers for row in up_to_end(answer[None], ends)],
+    }
+    texts = {
+        name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []
+        for name, ids in columns.items()
+    }
+    log_texts(trainer, "answers", [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])

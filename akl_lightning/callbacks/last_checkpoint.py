@@ -16,6 +16,7 @@ from akl_lightning.checkpoint import check_writable
 from akl_lightning.compat import log_step_now
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from akl_lightning.rollouts.sampler import EngineError
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -139,6 +140,12 @@ class LastCheckpoint(ModelCheckpoint):
         wished = trainer.strategy.reduce_boolean_decision(pl_module.stop_requested, all=False)
         pl_module.stop_agreed |= wished
         if pl_module.stop_agreed or self._last_written != trainer.global_step:
+            self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write where sampling has failed between two optimizer steps, on all ranks: nothing of the run is lost."""
+        assert isinstance(pl_module, DistillationModule)
+        if isinstance(exception, EngineError) and not pl_module.in_step and self._last_written != trainer.global_step:
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:

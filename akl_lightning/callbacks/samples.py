@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from akl_lightning.data.spread import spread
 from akl_lightning.module import DistillationModule
 
 
@@ -36,15 +37,6 @@ def wanted_of_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int, wante
     batches: Any = trainer.num_val_batches
     count = batches[0] if isinstance(batches, list) else batches
     return spread(batch_idx, wanted if math.isinf(count) else int(count), wanted)
-
-
-def spread(index: int, places: int, wanted: int) -> int:
-    """Of so many things that are spread evenly over some places, how many fall to the one with this index.
-
-    >>> [spread(index, 10, 3) for index in range(10)], spread(0, 1, 3)
-    ([0, 1, 0, 0, 1, 0, 0, 0, 1, 0], 3)
-    """
-    return (2 * (index + 1) * wanted + places) // (2 * places) - (2 * index * wanted + places) // (2 * places)
 
 
 def response_rows(module: DistillationModule, batch: Any) -> list[Row]:

@@ -8,14 +8,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
-from akl_lightning.callbacks.figures import HEAD, TAIL, blank_figure, in_own_style, ink, shorten, word
+from akl_lightning.callbacks.figures import HEAD, TAIL, word
 from akl_lightning.callbacks.loggers import log_figure
 from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.callbacks.strips import Strip, draw_strips
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
-
-_LONGEST = 24
-"""Tokens of an answer that are drawn; more would be too narrow to read."""
 
 
 class WeightedAnswer(NamedTuple):
@@ -88,37 +86,12 @@ class HeadWeightMap(Callback):
             log_figure(trainer, "head_weight_map", draw_weight_map(self._found))
 
 
-@in_own_style
 def draw_weight_map(answers: Sequence[WeightedAnswer]) -> Figure:
     """A strip for each answer with a cell for each token, which has the colour of its head weight.
 
     Args:
         answers: one or more; of a longer one its first 24 tokens are drawn.
     """
-    columns = min(_LONGEST, max(len(answer.words) for answer in answers))
-    # Cells of a fixed size, so that words have room whatever the number of tokens.
-    width = max(6.4, 0.38 * columns + 0.2)
-    figure = blank_figure(width, 1.2 * len(answers) + 0.6)
+    strips = [Strip(answer.prompt, answer.words, answer.weights) for answer in answers]
     colours = LinearSegmentedColormap.from_list("tail to head", [TAIL, "#f2f2f2", HEAD])
-    rows = figure.subplots(len(answers), 1, squeeze=False)[:, 0]
-    for axes, answer in zip(rows, answers, strict=True):
-        words, weights = answer.words[:columns], answer.weights[:columns]
-        image = axes.imshow([weights], cmap=colours, vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(words)), words, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
-        axes.set_xlim(-0.5, columns - 0.5)
-        axes.set_yticks([])
-        axes.set_xticks([column + 0.5 for column in range(len(words) - 1)], minor=True)
-        axes.grid(which="minor", axis="x", color="white", linewidth=1)
-        axes.tick_params(which="minor", length=0)
-        axes.tick_params(labelsize=8, length=2)
-        axes.spines[:].set_visible(False)
-        cut = f"  (first {columns} of {len(answer.words)} tokens)" if len(answer.words) > columns else ""
-        title = shorten(answer.prompt, int(14 * width) - 20 - len(cut)) + cut
-        axes.set_title(title, loc="left", size=8, parse_math=False)
-        ink(axes)
-    bar = figure.colorbar(image, ax=list(rows), location="bottom", shrink=min(1, 4.5 / width), aspect=45, pad=0.03)
-    bar.set_ticks([0, 0.5, 1], labels=["0: tail, RKL", "head weight", "1: head, FKL"])
-    bar.ax.tick_params(labelsize=8, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    ink(bar.ax)
-    return figure
+    return draw_strips(strips, colours, {0: "0: tail, RKL", 0.5: "head weight", 1: "1: head, FKL"})

@@ -139,10 +139,11 @@ class InstructionDataModule(LightningDataModule):
                 for split, members in records.items()
             }
             self.splits["train"] = learnt_first(self.splits["train"])
-        if stage == "fit" and not self.prompts_alone and len(self.splits["train"]) and not self._learnable("train"):
+        train = self.splits["train"]
+        if self.trainer and stage == "fit" and not self._answered and len(train) and not self._learnable("train"):
             raise UsageError(
                 f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give "
-                "samples with a response or a text, or let the student answer the prompts."
+                "samples with a response or a text, or let the student answer the prompts (model.on_policy)."
             )
         if self.trainer is None or stage not in ("fit", "test", "predict"):
             return
@@ -188,6 +189,12 @@ class InstructionDataModule(LightningDataModule):
                 f"beyond the {positions} positions of the model: {way_out}."
             )
 
+    @property
+    def _answered(self) -> bool:
+        """Whether somebody answers prompts alone on the way."""
+        rollouts = getattr(self.trainer and self.trainer.lightning_module, "rollouts", None)
+        return self.prompts_alone or getattr(rollouts, "on", False)
+
     def _learnable(self, split: str) -> int:
         """How many samples of a split, its first ones, have something to learn."""
         return int((column(self.splits[split], "learnt") > 0).sum())
@@ -197,7 +204,7 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the train split, shuffled."""
-        left = 0 if self.prompts_alone else len(self.splits["train"]) - self._learnable("train")
+        left = 0 if self._answered else len(self.splits["train"]) - self._learnable("train")
         if left and not self._said:
             self._said = True
             rank_zero_info(

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from akl_lightning.errors import UsageError
 
-OURS = frozenset(("input_ids", "attention_mask", "labels", "index", "turn", "response", "layout", "packed", "cached"))
+OURS = frozenset(
+    ("input_ids", "attention_mask", "labels", "index", "turn", "response", "layout", "packed", "cached", "rollouts")
+)
 """Entries of a batch that the package knows or adds."""
 
 CONTENT = frozenset(

@@ -17,7 +17,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import read_answers
-from akl_lightning.evaluation.decoding import Decoding, SeededDraw
+from akl_lightning.evaluation.decoding import Decoding, SeededDraw, seed_of
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.generate import AnswerEvaluation, AnswerWriter
 from akl_lightning.evaluation.report import evaluate
@@ -41,7 +41,7 @@ def write(data: InstructionDataModule, path: Path, decoding: Decoding, model: nn
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, -1.0, 2.0, -torch.inf, 0.0])
     count = 4000
-    draw = SeededDraw([f"prompt {row}" for row in range(count)], seed=10, length=1)
+    draw = SeededDraw([seed_of(10, f"prompt {row}") for row in range(count)], length=1)
     drawn = draw(torch.empty(count, 0), logits.expand(count, -1)).argmax(-1)
     shares = torch.bincount(drawn, minlength=5) / count
     assert shares[3] == 0

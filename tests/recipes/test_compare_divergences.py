@@ -13,9 +13,10 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+from akl_lightning.comparison import difference, spread
 from akl_lightning.data.records import content_digest
 from akl_lightning.data.sources import Files
-from recipes.compare_divergences import BASELINES, difference, draw, line_of, spread, write_lines
+from recipes.compare_divergences import BASELINES, draw, line_of, write_lines
 from tests.commands.start import python
 from tests.conftest import PAIRS, gpt2
 

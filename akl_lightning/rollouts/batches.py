@@ -1,0 +1,172 @@
+"""Prompts out of a batch, and answers into it: the one place that knows how samples lie in a batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from akl_lightning.batch import Batch, Response
+from akl_lightning.errors import UsageError
+from akl_lightning.models.inputs import CONTENT
+
+
+class Sample(NamedTuple):
+    """A sample of a batch, without padding."""
+
+    tokens: list[int]
+    starts: list[int]
+    """Where each of its learnt responses begins in the tokens; none of a prompt alone."""
+
+    turns: list[int]
+    """The number of the assistant turn that each response is; -1 where the batch does not say."""
+
+    number: int | None
+    """Of the sample in its split, -1 of a filler; None where the batch has no ``index``."""
+
+
+class Answer(NamedTuple):
+    """What takes the place of a response."""
+
+    prompt: list[int]
+    tokens: list[int]
+    """Its end token included, if it has one."""
+
+    cut: bool
+    """Whether it has none."""
+
+    own: bool
+    """Whether the student itself has sampled it."""
+
+    turn: int = -1
+    """The number of the assistant turn."""
+
+
+class RolloutTokens(NamedTuple):
+    """Which response tokens of a batch are rollouts'."""
+
+    samples: Tensor
+    """Which of the batch's samples are rollouts, bool, ``[batch]``."""
+
+    alpha: Tensor
+    """Weight of the divergence at each response token, ``[tokens]``."""
+
+    places: Tensor
+    """Of rollouts' tokens among the response tokens, int64."""
+
+    others: Tensor
+    """Of all others."""
+
+    own: Tensor
+    """Of those that the student itself has sampled."""
+
+    lengths: Tensor
+    """Tokens of each rollout, ``[rollouts]``."""
+
+    cut: Tensor
+    """1 for each rollout that was cut off, else 0, ``[rollouts]``."""
+
+
+def samples_of(batch: Batch, ignore_index: int) -> list[Sample]:
+    """The samples of a batch.
+
+    >>> ids, mask = torch.tensor([[5, 6, 7, 8, 9, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]])
+    >>> labels = torch.tensor([[-100, 6, -100, -100, 9, -100]])
+    >>> samples_of({"input_ids": ids, "attention_mask": mask, "labels": labels}, -100)
+    [Sample(tokens=[5, 6, 7, 8, 9], starts=[1, 4], turns=[-1, -1], number=None)]
+
+    Raises:
+        UsageError: it holds more than tokens, which nobody could say of a new response.
+    """
+    if batch["attention_mask"].dim() != 2 or CONTENT & batch.keys():
+        odd = min(CONTENT & batch.keys(), default="an attention_mask that is not [batch, length]")
+        raise UsageError(f"the batch has {odd}, which a rollout cannot be given: set on_policy.share to 0.")
+    ids, mask, labels = (batch[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
+    learnt = (labels != ignore_index) & mask.bool()
+    turns = batch["turn"].cpu() if "turn" in batch else torch.full_like(labels, -1)
+    numbers = batch["index"].tolist() if "index" in batch else [None] * len(ids)
+    samples = []
+    for row, number in enumerate(numbers):
+        real = mask[row].bool()
+        of_row, turn = learnt[row][real], turns[row][real]
+        begins = of_row.clone()
+        begins[1:] &= ~of_row[:-1] | (turn[1:] != turn[:-1])
+        starts = begins.nonzero().flatten()
+        samples.append(Sample(ids[row][real].tolist(), starts.tolist(), turn[starts].tolist(), number))
+    return samples
+
+
+def answered(batch: Batch, answers: Mapping[int, Answer], pad: int, ignore_index: int) -> dict[str, Any]:
+    """A batch in which some samples are prompts and new responses, padded on the right.
+
+    Args:
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``; ``turn`` likewise, if it is
+            there. What else it has stays.
+        answers: of some rows.
+        pad: the padding token.
+        ignore_index: label of what is not to be learnt.
+
+    Returns:
+        The batch, with ``rollouts``: the answers by row.
+
+    >>> ids = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    >>> answered(batch, {1: Answer([8], [2, 3, 4], False, True)}, 0, -100)["labels"]
+    tensor([[   5,    6,    7, -100],
+            [-100,    2,    3,    4]])
+    """
+    if not answers:
+        return dict(batch)
+    padding = {"input_ids": pad, "attention_mask": 0, "labels": ignore_index, "turn": -1}
+    real = batch["attention_mask"].bool()
+    rows: dict[str, list[Tensor]] = {name: [] for name in padding if name in batch}
+    for row in range(len(real)):
+        answer = answers.get(row)
+        for name, of_name in rows.items():
+            old = batch[name]
+            if answer is None:
+                of_name.append(old[row][real[row]])
+                continue
+            before, behind = len(answer.prompt), len(answer.tokens)
+            values = {
+                "input_ids": [*answer.prompt, *answer.tokens],
+                "attention_mask": [1] * (before + behind),
+                "labels": [ignore_index] * before + answer.tokens,
+                "turn": [-1] * before + [answer.turn] * behind,
+            }
+            of_name.append(torch.tensor(values[name], dtype=old.dtype, device=old.device))
+    padded = {name: pad_sequence(of_name, True, padding[name]) for name, of_name in rows.items()}
+    return {**batch, **padded, "rollouts": dict(answers)}
+
+
+def rollout_tokens(answers: Mapping[int, Answer], response: Response, labels: Tensor, alpha: float) -> RolloutTokens:
+    """Which of a batch's response tokens are rollouts', found on the host.
+
+    Args:
+        answers: by row, as :func:`answered` has put them into the batch.
+        response: of that batch.
+        labels: of that batch, ``[batch, length]``.
+        alpha: weight of the divergence at all other tokens.
+    """
+    rows = response.positions.cpu() // labels.shape[1]
+    samples, own = torch.zeros(2, len(labels), dtype=torch.bool)
+    for row, answer in answers.items():
+        samples[row], own[row] = True, answer.own
+    new = samples[rows]
+    weights = torch.full(rows.shape, alpha, dtype=torch.float32).masked_fill_(new, 1.0)
+    places = [mask.nonzero().flatten() for mask in (new, ~new, own[rows])]
+    lengths = torch.tensor([float(len(answer.tokens)) for answer in answers.values()])
+    cut = torch.tensor([float(answer.cut) for answer in answers.values()])
+    return RolloutTokens(*(tensor.to(labels.device) for tensor in (samples, weights, *places, lengths, cut)))
+
+
+def up_to_the_end(tokens: Sequence[int], ends: Sequence[int], length: int) -> tuple[list[int], bool]:
+    """A response up to its first end token, that included, and whether it was cut off before one.
+
+    >>> up_to_the_end([7, 8, 0, 0, 9], [0], 5), up_to_the_end([7, 8], [0], 2), up_to_the_end([0], [0], 4)
+    (([7, 8, 0], False), ([7, 8], True), ([0], False))
+    """
+    tokens = list(tokens[:length])
+    last = next((place for place, token in enumerate(tokens) if token in ends), None)
+    return (tokens, True) if last is None else (tokens[: last + 1], False)

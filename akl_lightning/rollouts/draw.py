@@ -1,0 +1,338 @@
+"""Which samples get a rollout, what of them waits for its turn, and what a batch with rollouts costs."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader
+
+from akl_lightning.batch import Batch, Response
+from akl_lightning.compat import trainer_of
+from akl_lightning.criterion import CriterionOutput, DistillationCriterion
+from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
+from akl_lightning.data.spread import spread
+from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.decoding import seed_of
+from akl_lightning.metrics import TokenMean
+from akl_lightning.parallel import gather_objects
+from akl_lightning.projection import Logits, rows_of
+from akl_lightning.rollouts.batches import Answer, RolloutTokens, Sample, answered, rollout_tokens, samples_of
+from akl_lightning.rollouts.off import OffPolicy
+from akl_lightning.rollouts.sampler import Sampler, Task
+from akl_lightning.rollouts.settings import OnPolicy
+from akl_lightning.rollouts.watch import Watch, add_rollout_metrics, statistics_of
+
+if TYPE_CHECKING:
+    from akl_lightning.module import DistillationModule
+
+VALIDATION = "validation"
+"""Stands for the step in what the draws of a validation depend on, so that they are the same in each."""
+
+
+class Ahead(NamedTuple):
+    """Answers that were sampled for optimizer steps to come."""
+
+    epoch: int
+    until: int
+    """The first optimizer step that they are not for."""
+
+    answers: dict[tuple[int | str, str], Answer]
+    """By step and sample."""
+
+
+class Clock(NamedTuple):
+    """What sampling for a batch has taken."""
+
+    begun: float
+    sampling: float
+    tokens: int
+
+
+def choose_rollouts(module: "DistillationModule", settings: OnPolicy | None) -> OffPolicy:
+    """What answers for a module: nobody where it is not asked for, or for a share of 0."""
+    return OffPolicy() if settings is None or settings.share == 0 else Rollouts(module, settings)
+
+
+class Rollouts(OffPolicy):
+    """Answers some samples of each batch anew.
+
+    Args:
+        module: whose batches they are; it gets the metrics of rollouts.
+        settings: with a ``share`` above 0.
+    """
+
+    on = True
+
+    def __init__(self, module: "DistillationModule", settings: OnPolicy) -> None:
+        self.module = module
+        self.settings = settings
+        self.sampler = Sampler(module, settings)
+        self.watch = Watch()
+        if settings.divergence is not None:  # a submodule, as it may have buffers
+            criterion = module.criterion
+            same = criterion.temperature, criterion.ignore_index, criterion.chunk_size
+            module.rollout_criterion = DistillationCriterion(settings.divergence, 1.0, *same)
+        self._rkl = module.rollout_rkl = TokenMean("rollout_rkl")  # a submodule, so that it is where the device is
+        add_rollout_metrics(module.train_metrics)
+        self.forget()
+
+    def forget(self) -> None:
+        self._ahead = Ahead(-1, 0, {})
+        self._clock: Clock | None = None
+        self.broken_off = False
+        """Whether sampling for a batch has failed: the loader has given it, and nothing was done with it."""
+        self._place: Any = None
+        """Where the training loader was behind the last whole optimizer step."""
+        self.watch.forget()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def outline(self, mesh: DeviceMesh | None) -> None:
+        if mesh is not None:
+            self.sampler.whole.outline()
+
+    def answer(self, batch: Batch) -> Batch:
+        """The batch with rollouts in place of some responses, where a training step is about to begin.
+
+        Raises:
+            EngineError: the engine has failed.
+            UsageError: what the batch holds cannot be answered.
+        """
+        if (trainer := trainer_of(self.module)) is None or not trainer.training:
+            return batch
+        arrived = time.perf_counter()
+        begun, step, sampled = self._now(), trainer.global_step, 0
+        tasks = self._chosen(samples_of(batch, self.module.criterion.ignore_index), step)
+        loader = self._own_loader()
+        if loader is None:
+            found = dict(zip(tasks, self._sample(list(tasks.values())), strict=True))
+            sampled = sum(len(answer.tokens) for answer in found.values())
+        else:
+            epoch, ahead = self.module.current_epoch, self._ahead
+            if step >= ahead.until or epoch != ahead.epoch:
+                coming, until = self._coming(loader, step)
+                answers = self._sample(coming)
+                sampled = sum(len(answer.tokens) for answer in answers)
+                by_task = {(task.step, task.sample): answer for task, answer in zip(coming, answers, strict=True)}
+                self._ahead = Ahead(epoch, until, by_task)
+            found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
+        self._clock = Clock(arrived, self._now() - begun, sampled)
+        return answered(batch, found, self.sampler.pad, self.module.criterion.ignore_index)
+
+    def prepare(self, batch: Batch, response: Response) -> dict[str, Any]:
+        if "rollouts" not in batch:
+            return {}
+        return {"rollouts": rollout_tokens(batch["rollouts"], response, batch["labels"], self.module.criterion.alpha)}
+
+    def _sample(self, tasks: list[Task]) -> list[Answer]:
+        self.broken_off = True
+        answers = self.sampler.sample(tasks, self.settings.responses_from)
+        self.broken_off = False
+        own = [answer for answer in answers if answer.own]
+        self.watch.look([len(answer.tokens) for answer in own], [answer.cut for answer in own])
+        return answers
+
+    def _chosen(self, samples: Iterable[Sample], step: int | str, share: float | None = None) -> dict[int, Task]:
+        """What is to be answered, by row."""
+        share, seed = self.settings.share if share is None else share, self.settings.seed
+        seen: Counter[str] = Counter()
+        tasks = {}
+        for row, sample in enumerate(samples):
+            if sample.number == FILLER or not sample.tokens:
+                continue
+            name = str(sample.number)
+            if sample.number is None:  # where nobody numbers them, by what they are
+                name = f"{seed_of(*sample.tokens, 'from', *sample.starts):x}"
+            seen[name] += 1
+            if seen[name] > 1:  # who repeats a prompt within a batch wants several answers
+                name += f"/{seen[name]}"
+            turn = len(sample.starts) - 1
+            if self.settings.turns == "random" and turn > 0:
+                turn = int(Task(step, name, []).number(seed, "turn") * len(sample.starts))
+            start = sample.starts[turn] if sample.starts else len(sample.tokens)
+            task = Task(step, name, sample.tokens[:start], sample.turns[turn] if sample.starts else -1)
+            if start and (not sample.starts or task.number(seed, "choice") < share):
+                tasks[row] = task
+        return tasks
+
+    def _own_loader(self) -> DataLoader | None:
+        """The training loader, where it says which samples come."""
+        loader: Any = self.module.trainer.train_dataloader
+        return loader if isinstance(getattr(loader, "sampler", None), StepSampler) else None
+
+    def _coming(self, loader: DataLoader, step: int) -> tuple[list[Task], int]:
+        """Prompts of this rank's samples in the optimizer steps that are sampled for now, and the step behind them."""
+        trainer, sampler = self.module.trainer, loader.sampler
+        assert isinstance(sampler, StepSampler)
+        order, size = list(sampler), sampler.batch_size
+        micro_batches = [order[start : start + size] for start in range(0, len(order), size)]
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        here = progress.processed  # batches, of this epoch
+        per_step = accumulated(trainer, self.module.current_epoch)
+        end = min(int(trainer.num_training_batches), here + per_step * self.settings.refresh_every)
+        tasks: list[Task] = []
+        for place in range(here, end):
+            rows = [loader.dataset[index] for index in micro_batches[place]]
+            samples = samples_of(loader.collate_fn(rows), self.module.criterion.ignore_index)
+            tasks += self._chosen(samples, step + (place - here) // per_step).values()
+        return tasks, step - (here - end) // per_step
+
+    def start(self) -> None:
+        """Check what is known only when a run has its loaders.
+
+        Raises:
+            UsageError: rollouts for more steps than an epoch has, or for steps whose samples nobody knows.
+        """
+        every, trainer = self.settings.refresh_every, self.module.trainer
+        steps = -(-trainer.num_training_batches // accumulated(trainer, self.module.current_epoch))
+        if every > 1 and self._own_loader() is None:
+            raise UsageError(
+                f"on_policy.refresh_every = {every} samples for optimizer steps to come, and only "
+                "InstructionDataModule's loader says which samples they have: set it to 1."
+            )
+        if every > steps:
+            raise UsageError(
+                f"on_policy.refresh_every = {every} is beyond the epoch, which has {steps:.0f} optimizer steps: set it "
+                "to that at most."
+            )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What they cost, and what is logged of them
+
+    def compare(
+        self,
+        module: "DistillationModule",
+        batch: Batch,
+        student: Logits,
+        teacher: Logits | None,
+        labels: Tensor,
+    ) -> CriterionOutput:
+        """What a batch costs: its rollouts with a divergence of their own, where there is one."""
+        rollouts: RolloutTokens | None = batch.get("rollouts")
+        if rollouts is None:
+            return module.compare(student, teacher, labels)
+        own: DistillationCriterion | None = getattr(module, "rollout_criterion", None)
+        if own is None:
+            return module.compare(student, teacher, labels, rollouts.alpha)
+        assert teacher is not None
+        parts = [
+            compare(rows_of(student, places), rows_of(teacher, places), labels[places])
+            for compare, places in ((own, rollouts.places), (module.compare, rollouts.others))
+        ]
+        order = torch.cat([rollouts.places, rollouts.others])
+        statistics = {}
+        for name in parts[0].statistics:
+            both = torch.cat([part.statistics[name] for part in parts])
+            statistics[name] = torch.empty_like(both).index_copy_(0, order, both)
+        return CriterionOutput(parts[0].loss + parts[1].loss, statistics)
+
+    def statistics(self, batch: Batch, statistics: dict[str, Tensor]) -> dict[str, Any]:
+        if "rollouts" not in batch or not self.module.trainer.training:
+            return {}
+        found = statistics_of(batch["rollouts"], statistics)
+        self.watch.add_entropy(found["rollout_entropy"])
+        return found
+
+    def end_batch(self) -> None:
+        """Count the time that a batch has taken, and note where the loader is behind a whole step."""
+        if self._clock is not None:
+            begun, sampling, tokens = self._clock
+            self.module.train_metrics.update(
+                seconds=time.perf_counter() - begun, sampling_seconds=sampling, sampled_tokens=tokens
+            )
+            self._clock = None
+        loader = self._own_loader()
+        if not self.module.in_step and loader is not None and hasattr(loader, "state_dict"):
+            self._place = loader.state_dict()
+
+    def _now(self) -> float:
+        """The time, when the device has done what it was given."""
+        if self.module.device.type == "cuda":
+            torch.cuda.synchronize(self.module.device)
+        return time.perf_counter()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Validation
+
+    def look(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
+        """Let the student answer its share of the prompts of a validation, and measure its reverse divergence there."""
+        trainer = self.module.trainer
+        counts: Any = trainer.num_val_batches
+        count = counts[0] if isinstance(counts, list) else counts
+        per_rank = -(-self.settings.validation_samples // trainer.world_size)
+        wanted = spread(batch_idx, per_rank if count == float("inf") else int(count), per_rank)
+        if trainer.sanity_checking or dataloader_idx or not wanted:
+            return
+        with torch.no_grad():
+            output = self.module.distill(self.answered_by_student(batch, wanted))
+        self._rkl.update(rollout_rkl=output.statistics["rkl"])
+
+    def answered_by_student(self, batch: Batch, wanted: int) -> dict[str, Any]:
+        """The first samples of a batch with the student's own responses: the same draws whenever it is asked.
+
+        Every rank has to call it where the student is sharded. Nothing is learnt of samples whose prompt leaves no room
+        for an answer.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+            wanted: how many.
+        """
+        names = [name for name in ("input_ids", "attention_mask", "labels", "turn", "index") if name in batch]
+        few = {name: batch[name][:wanted] for name in names}
+        ignore_index, room = self.module.criterion.ignore_index, self.sampler.room
+        tasks = self._chosen(samples_of(few, ignore_index), VALIDATION, share=1.0)
+        tasks = {row: task for row, task in tasks.items() if room is None or len(task.prompt) <= room}
+        found = dict(zip(tasks, self.sampler.sample(list(tasks.values()), "student"), strict=True))
+        few["labels"] = torch.full_like(few["labels"], ignore_index)
+        few = answered(few, found, self.sampler.pad, ignore_index)
+        return {name: few[name] for name in names}
+
+    def end_validation(self) -> None:
+        """Log the mean over the tokens of the responses."""
+        if self.settings.validation_samples and not self.module.trainer.sanity_checking:
+            self.module.log("val/rollout_rkl", self._rkl.compute().float())
+        self._rkl.reset()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self.module.trainer
+        waiting = [[*key, *answer] for key, answer in self._ahead.answers.items()]
+        mine = {"waiting": waiting, "watch": self.watch.state()}
+        parts = gather_objects(trainer, mine)
+        checkpoint["rollouts"] = {
+            "settings": self._depends_on(),
+            "epoch": self._ahead.epoch,
+            "until": self._ahead.until,
+            "waiting": [entry for part in parts for entry in part["waiting"]],
+            "watch": [part["watch"] for part in parts],
+        }
+        if self.broken_off:
+            within = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
+            place = [self._place] if within and self._place is not None else []
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = place
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them, unless other ones are asked for now."""
+        self.forget()
+        state = checkpoint.get("rollouts")
+        if state is None:
+            return
+        rank = self.module.trainer.global_rank
+        if rank < len(state["watch"]):
+            self.watch.load(state["watch"][rank])
+        if state["settings"] == self._depends_on():
+            answers = {(step, sample): Answer(*answer) for step, sample, *answer in state["waiting"]}
+            self._ahead = Ahead(state["epoch"], state["until"], answers)
+
+    def _depends_on(self) -> list[Any]:
+        settings = self.settings
+        decoding = settings.decoding
+        drawn = [decoding.max_new_tokens, decoding.temperature, decoding.top_p, settings.seed]
+        return [settings.share, settings.refresh_every, settings.responses_from, settings.turns, *drawn]

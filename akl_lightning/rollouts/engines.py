@@ -1,0 +1,141 @@
+"""Who samples rollouts: one small interface, and the way that works with any model on any device."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from akl_lightning.errors import UsageError
+from akl_lightning.evaluation.decoding import SeededDraw
+from akl_lightning.models.split import SplitModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rollouts are sampled.
+
+    Args:
+        max_new_tokens: length of a rollout at most, its end token included.
+        temperature: of the draw.
+        top_p: the smallest set of likeliest tokens with this mass is drawn from; 1 for all.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"on_policy.decoding.max_new_tokens must be 1 or more, got {self.max_new_tokens}.")
+        if not self.temperature > 0:
+            raise UsageError(f"on_policy.decoding.temperature must be above 0, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"on_policy.decoding.top_p must be above 0 and at most 1, got {self.top_p}.")
+
+
+class Weights(NamedTuple):
+    """What an engine samples from."""
+
+    model: SplitModel
+    """Whole on this device, in eval mode; the training goes on with it, or it is a copy: it is not to be changed."""
+
+    ends: tuple[int, ...]
+    """Tokens that end a response; one at least."""
+
+    pad: int
+    """The padding token."""
+
+
+class Engine(ABC):
+    """Samples responses. Each process has one, and answers the prompts of its own samples.
+
+    A user's own (another inference engine, another machine) brings these two methods.
+    """
+
+    @abstractmethod
+    def refresh(self, weights: Weights) -> None:
+        """Sample from these weights from here on, until the next call.
+
+        Args:
+            weights: as they are now; what is not copied here changes with the next optimizer step.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Sampling, seeds: Sequence[int]) -> list[list[int]]:
+        """Answer prompts.
+
+        Args:
+            prompts: token ids of each, one at least.
+            decoding: how to sample.
+            seeds: one for each prompt; the same ones, with the same weights, give the same responses, if the engine can
+                do that.
+
+        Returns:
+            Token ids of a response for each prompt, in their order: up to its first end token, that included, or
+            ``max_new_tokens`` of them. Whatever stands behind an end token is dropped by the caller.
+        """
+
+
+class GenerateEngine(Engine):
+    """``transformers``' ``generate`` with a key-value cache, on prompts of similar length at a time.
+
+    A response depends on weights, prompt and seed alone, but for rounding.
+
+    Args:
+        batch_size: prompts at a time; None for 64 on a CPU, else 256.
+    """
+
+    def __init__(self, batch_size: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"engine.batch_size must be 1 or more, got {batch_size}.")
+        self.batch_size = batch_size
+        self._weights: Weights | None = None
+
+    def refresh(self, weights: Weights) -> None:
+        """Keep them; nothing is copied."""
+        self._weights = weights
+
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Sampling, seeds: Sequence[int]) -> list[list[int]]:
+        """Answer, the longest prompts first, so that what does not fit the memory fails at once."""
+        assert self._weights is not None, "refresh comes first"
+        model, ends, pad = self._weights
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        rows = self.batch_size or (64 if device.type == "cpu" else 256)
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        answers: list[list[int]] = [[]] * len(prompts)
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            longest = len(prompts[chosen[0]])
+            ids = torch.full((len(chosen), longest), pad)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(chosen):
+                place = slice(longest - len(prompts[index]), None)
+                ids[row, place], mask[row, place] = torch.tensor(prompts[index]), 1
+            tokens = model.generate(
+                {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
+                None,
+                max_new_tokens=decoding.max_new_tokens,
+                eos_token_id=list(ends),
+                pad_token_id=pad,
+                logits_processor=_draw(decoding, [seeds[index] for index in chosen]),
+            )
+            for index, answer in zip(chosen, tokens.tolist(), strict=True):
+                answers[index] = answer
+        return answers
+
+
+def _draw(decoding: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
+    """What leaves one token in each row, drawn by the row's own seed."""
+    steps: list[LogitsProcessor] = []
+    if decoding.temperature != 1:
+        steps.append(TemperatureLogitsWarper(decoding.temperature))
+    if decoding.top_p < 1:
+        steps.append(TopPLogitsWarper(decoding.top_p))
+    return LogitsProcessorList([*steps, SeededDraw(seeds, decoding.max_new_tokens)])

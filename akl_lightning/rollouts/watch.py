@@ -1,0 +1,152 @@
+"""What one watches of rollouts: means as torchmetrics, and warnings that name a cause."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from akl_lightning.metrics import TokenMean
+from akl_lightning.rollouts.batches import RolloutTokens
+
+WINDOW = 64
+"""Rollouts that a warning looks back on."""
+
+_SHORT, _SURE = 0.2, 0.05
+
+MEANS = ("length", "cut", "entropy", "divergence", "top1_agreement")
+"""Logged as ``train/rollout_…``; ``entropy`` is the mean of minus the log probability that the student gives to the
+tokens that it has drawn, an unbiased estimate of its entropy where temperature and top-p are 1."""
+
+
+class Ratio(Metric):
+    """The sum of one number over the sum of another, in float64.
+
+    Args:
+        above: the keyword under which :meth:`update` finds the first.
+        below: and the second.
+
+    >>> speed = Ratio("tokens", "seconds")
+    >>> speed.update(tokens=6.0, seconds=2.0)
+    >>> speed.update(tokens=6.0, seconds=1.0)
+    >>> speed.compute()
+    tensor(4., dtype=torch.float64)
+    """
+
+    full_state_update = False
+    total_above: Tensor
+    total_below: Tensor
+
+    def __init__(self, above: str, below: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = above, below
+        for state in ("total_above", "total_below"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, **numbers: Any) -> None:
+        """Add both; without them nothing."""
+        if self.names[0] in numbers and self.names[1] in numbers:
+            self.total_above = self.total_above + numbers[self.names[0]]
+            self.total_below = self.total_below + numbers[self.names[1]]
+
+    def compute(self) -> Tensor:
+        """The ratio, a scalar; NaN before the first update."""
+        return self.total_above / self.total_below
+
+
+def add_rollout_metrics(train: MetricCollection) -> None:
+    """Add what is logged of rollouts to the metrics of training: :data:`MEANS`, and what sampling takes.
+
+    ``sampling_share`` is the share of the time of all training batches, ``sampling_tokens_per_second`` counts those of
+    a device.
+    """
+    train.add_metrics({f"rollout_{name}": TokenMean(f"rollout_{name}") for name in MEANS})
+    train.add_metrics({"sampling_share": Ratio("sampling_seconds", "seconds")})
+    train.add_metrics({"sampling_tokens_per_second": Ratio("sampled_tokens", "sampling_seconds")})
+
+
+def statistics_of(rollouts: RolloutTokens, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What :data:`MEANS` are the means of, from the statistics ``[tokens]`` of a batch."""
+    return {
+        "rollout_length": rollouts.lengths,
+        "rollout_cut": rollouts.cut,
+        "rollout_entropy": statistics["cross_entropy"][rollouts.own],
+        "rollout_divergence": statistics["divergence"][rollouts.places],
+        "rollout_top1_agreement": statistics["top1_agreement"][rollouts.places],
+    }
+
+
+class Watch:
+    """Warns once of each thing that goes wrong with the student's own rollouts on this rank."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._lengths: list[int] = []
+        self._cut: list[bool] = []
+        self._entropies: list[tuple[Tensor, int]] = []
+        self._start: float | None = None
+        self._said: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on has to know."""
+        return {"lengths": self._lengths, "cut": self._cut, "start": self._start, "said": self._said}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on."""
+        self._lengths, self._cut = list(state["lengths"]), list(state["cut"])
+        self._start, self._said = state["start"], list(state["said"])
+
+    def add_entropy(self, of_tokens: Tensor) -> None:
+        """Keep those of a batch, to be read when the device has to be waited for anyway.
+
+        Args:
+            of_tokens: minus the log probability of each token that the student has drawn.
+        """
+        if of_tokens.numel():
+            self._entropies.append((of_tokens.sum(), of_tokens.numel()))
+
+    def look(self, lengths: list[int], cut: list[bool]) -> None:
+        """Look at new rollouts, and at what is known of the last ones.
+
+        Args:
+            lengths: in tokens.
+            cut: whether each was cut off.
+        """
+        self._lengths, self._cut = (self._lengths + lengths)[-WINDOW:], (self._cut + cut)[-WINDOW:]
+        if len(self._lengths) == WINDOW:
+            mean = sum(self._lengths) / WINDOW
+            if self._start is None:
+                self._start = mean
+            if mean < _SHORT * self._start:
+                self._say(
+                    "short",
+                    f"rollouts have collapsed from {self._start:.0f} to {mean:.0f} tokens on the mean of {WINDOW}: the "
+                    "student ends at once to avoid the teacher's surprise; lower the learning rate, or give a smaller "
+                    "on_policy.share or a forward divergence (ForwardKL, AdaptiveKL) to on_policy.divergence.",
+                )
+            if all(self._cut):
+                self._say(
+                    "cut",
+                    f"the last {WINDOW} rollouts were all cut off, so that no end is learnt: raise "
+                    "on_policy.decoding.max_new_tokens, or train off-policy first, until the student ends its answers.",
+                )
+        if self._entropies and sum(count for _, count in self._entropies) >= WINDOW:
+            entropy = float(torch.stack([total for total, _ in self._entropies]).sum())
+            entropy /= sum(count for _, count in self._entropies)
+            self._entropies.clear()
+            if entropy < _SURE:
+                self._say(
+                    "sure",
+                    f"the student's entropy on its rollouts is {entropy:.3f} nats a token: it repeats itself and finds "
+                    "nothing new to be corrected on; lower the learning rate, raise on_policy.decoding.temperature, or "
+                    "give a smaller on_policy.share.",
+                )
+
+    def _say(self, what: str, sentence: str) -> None:
+        if what not in self._said:
+            self._said.append(what)
+            rank_zero_warn(sentence)
