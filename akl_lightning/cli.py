@@ -129,10 +129,12 @@ def in_one_sentence() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(
+            cause, UsageError | MisconfigurationException | ImportError | OSError
+        ):
             cause = cause.__cause__
-        if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
+        if cause is None:
             raise
         names = re.findall(r"class_path='([\w.]+)'", str(error))[:1]
         raise UsageError(": ".join([*names, " ".join(str(cause).split())])) from error
