@@ -1,17 +1,14 @@
 """The ``akl`` command: the Lightning CLI for distillation, and what is no training; errors in one sentence."""
 
-from akl_lightning.interrupts import EXIT_CODE  # before all that takes seconds to import
+from akl_lightning.interrupts import EXIT_CODE as EXIT_CODE  # before all that takes seconds to import
 
 # isort: split
-import logging
 import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +42,9 @@ from akl_lightning.models.vocabulary import name_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser
+from akl_lightning.run_command import run_command as run_command
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
-
-LOST_PROCESSES = {
-    "DataLoader worker": "a process that prepares batches died, often for want of memory: lower data.num_workers, and "
-    "go on from the last checkpoint.",
-    "Connection closed by peer": "another process of this run died: look at its messages, and go on from the last "
-    "checkpoint.",
-    "Connection reset by peer": "another process of this run died: look at its messages, and go on from the last "
-    "checkpoint.",
-}
-"""What a RuntimeError of torch says when a process is gone, and what is said to the user instead."""
 
 _TWICE = "trainer.callbacks has {} twice: give it once."
 
@@ -131,10 +119,12 @@ def in_one_sentence() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(
+            cause, UsageError | MisconfigurationException | ImportError | OSError
+        ):
             cause = cause.__cause__
-        if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
+        if cause is None:
             raise
         names = re.findall(r"class_path='([\w.]+)'", str(error))[:1]
         raise UsageError(": ".join([*names, " ".join(str(cause).split())])) from error
@@ -254,50 +244,6 @@ def _progress_and_summary(settings: Namespace) -> list[Callback]:
         if wanted is not False and not settings.barebones and not any(isinstance(each, kind) for each in given):
             callbacks.append(callback)
     return callbacks
-
-
-def run_command(main: Callable[[], object]) -> None:
-    """Run a command; a mistake that the user can mend ends it with one sentence and exit code 2, Ctrl-C with 130.
-
-    Args:
-        main: the command.
-    """
-    # Lightning's advice to install more of its makers' packages; that it adds no summary of its own.
-    noise = re.compile("Tip:|Trainer already configured with model summary")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: noise.search(str(record.msg)) is None)
-    # Its handler keeps the stream that it began with, past the one that a progress bar puts in its place.
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        if type(handler) is logging.StreamHandler:  # not what captures it for somebody
-            handler.emit = partial(_say, handler)  # type: ignore[method-assign]
-    # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
-    # A TTY that went away (a closed pager, head) is no mistake.
-    with suppress(BrokenPipeError):
-        try:
-            main()
-        except BrokenPipeError:
-            raise
-        except KeyboardInterrupt as error:
-            sys.stderr.write("interrupted\n")
-            raise SystemExit(EXIT_CODE) from error
-        except SystemExit as end:
-            if not isinstance(end.__context__, KeyboardInterrupt):
-                raise
-            raise SystemExit(EXIT_CODE) from end  # the Trainer's own way to end has 1
-        except (UsageError, OSError, MisconfigurationException) as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise SystemExit(2) from error
-        except RuntimeError as error:
-            lost = [sentence for sign, sentence in LOST_PROCESSES.items() if sign in str(error)]
-            if not lost:
-                raise
-            sys.stderr.write(f"error: {lost[0]}\n")
-            raise SystemExit(2) from error
-
-
-def _say(handler: logging.Handler, record: logging.LogRecord) -> None:
-    sys.stderr.write(f"{handler.format(record)}\n")
 
 
 class WriterCLI(InstructionCLI):

@@ -220,7 +220,7 @@ def test_replies_go_by_the_same_keys_as_ever() -> None:
 def test_the_client_is_wanted_where_a_judge_is_asked_and_nowhere_else() -> None:
     script = """
 import sys
-sys.modules["openai"] = sys.modules["tenacity"] = None
+sys.modules["openai"] = None
 from akl_lightning import cli
 for command in (["fit", "--help"], ["judge", "a", "b"]):
     sys.argv = ["akl", *command]
