@@ -17,6 +17,9 @@ class DataFacts:
     tokenizer: PreTrainedTokenizerBase | None = None
     """Whose tokens the batches hold."""
 
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """The teacher's, where it is given apart."""
+
     max_length: int | None = None
     """Tokens of the longest sequence."""
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -80,6 +82,7 @@ class TokenBytes:
         """Ids of special tokens."""
         self.digest = hashlib.sha256(json.dumps([described, sorted(special)], sort_keys=True).encode()).hexdigest()
         """What tells the tokenizer from others."""
+        self._lengths: Tensor | None = None
         self._dummy = self.join(self._backend.encode("a", add_special_tokens=False).ids) != b"a"
 
     @staticmethod
@@ -111,6 +114,12 @@ class TokenBytes:
     def of(self, token: int) -> bytes | None:
         """The bytes of a token; None where it has none, beyond the vocabulary too."""
         return self.bytes[token] if 0 <= token < len(self.bytes) else None
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """How many bytes each of some tokens says, int64; 0 where it has none."""
+        if self._lengths is None:
+            self._lengths = torch.tensor([*(len(of or b"") for of in self.bytes), 0])
+        return self._lengths.to(tokens.device)[tokens.clamp(max=len(self.bytes))]
 
     def join(self, tokens: Sequence[int]) -> bytes:
         """What tokens say, one after another; each that has no bytes is a :data:`GAP`."""
