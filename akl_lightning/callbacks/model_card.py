@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from akl_lightning.callbacks.summary import compression_ratio, in_order
 from akl_lightning.compat import is_stand_in
 from akl_lightning.data.facts import data_of, facts_of_run
-from akl_lightning.data.sources import Source
+from akl_lightning.data.records import Source
 from akl_lightning.divergences import Divergence
 from akl_lightning.module import DistillationModule
 

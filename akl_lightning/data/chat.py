@@ -1,32 +1,338 @@
-"""How an instruction and its input become a prompt."""
+"""Records as tokens: conversations as their template writes them, and which of their tokens are learnt."""
 
 import hashlib
 import json
+import re
 import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jinja2 import TemplateError
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges
+from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.templates import ALPACA as ALPACA
+from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
+from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
+from akl_lightning.data.turns import Turn, Turns
 from akl_lightning.errors import UsageError
 
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+Learn = Literal["all_turns", "last_turn", "everything"]
 
-TEMPLATES = {
-    "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
-    "alpaca": (ALPACA, ALPACA_WITH_INPUT),
-}
-"""Templates by name: without and with an input. Alpaca's is the one of Stanford Alpaca and MiniLLM."""
+Record = Mapping[str, Any]
+"""A row of a source: ``messages`` and ``tools`` as JSON texts, or a ``text``; see :mod:`akl_lightning.data.records`."""
 
-CHAT = "chat"
-"""Stands for the tokenizer's own chat template."""
+
+@dataclass
+class Encoded:
+    """A record as tokens."""
+
+    input_ids: list[int]
+    """All of it."""
+
+    spans: list[Range] = field(default_factory=list)
+    """Tokens that are learnt, from the first to behind the last, what ends a turn included."""
+
+    turns: list[int] = field(default_factory=list)
+    """Of each span the number of the assistant's turn, from 0."""
+
+    starts: list[int] = field(default_factory=list)
+    """Where the turns of the conversation begin, each a question and what follows on it up to the next.
+
+    Before the first stand the beginning of the text and the system's message, where the template writes it there.
+    """
+
+    prompt: str = ""
+    """What the last turn of the assistant answers, as a text."""
+
+    prompt_ids: list[int] = field(default_factory=list)
+    """The same as tokens."""
+
+    in_pieces: bool = False
+    """Whether it was not tokenized in one call, so that its tokens may differ from ``apply_chat_template``'s."""
+
+    tools_left_out: bool = False
+    """Whether it has tools that the template does not write."""
+
+
+@dataclass
+class _Plan:
+    """A record that waits to be tokenized; all places are characters."""
+
+    whole: Text
+    spans: list[Range] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    left_out: list[Range] = field(default_factory=list)
+    """What is not to be learnt even where everything is."""
+    starts: list[int] = field(default_factory=list)
+    prompt: str = ""
+    prompt_end: int | None = None
+    """Where the whole begins with the prompt, how much of it that is."""
+    apart: Text | None = None
+    """The prompt once more, where it does not."""
+    ends: bool = False
+    """Whether the end-of-text token comes behind it."""
+    answered: bool = False
+    document: bool = False
+    tools_left_out: bool = False
+
+
+class Chat:
+    """Makes tokens of conversations and documents, and finds those that are learnt.
+
+    A conversation is written by the template as a whole and tokenized in one call, as ``apply_chat_template`` does it.
+    What the assistant says is learnt with the token that ends its turn, whatever the template takes for that. Two kinds
+    of conversations are tokenized in pieces: those where a token would reach over from a prompt into its answer, and
+    those with special tokens in what is said, which stay text.
+
+    Args:
+        tokenizer: the tokenizer.
+        template: ``chat`` (the tokenizer's own), ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file
+            with one, or a format string with ``{instruction}`` and perhaps ``{input}``; None for the tokenizer's own,
+            or ``plain`` where it has none.
+        arguments: variables of the template, such as ``enable_thinking``.
+        learn: every turn of the assistant, the last alone, or everything that is not marked ``"learn": false``.
+        special_tokens_in_content: let special tokens in what is said be such tokens.
+
+    Raises:
+        UsageError: a template that cannot be used with this tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        learn: Learn = "all_turns",
+        special_tokens_in_content: bool = False,
+    ) -> None:
+        if template is None:
+            template = CHAT if tokenizer.chat_template else "plain"
+        self.tokenizer = tokenizer
+        self.template = template
+        self.arguments = dict(arguments or {})
+        self.learn = learn
+        self.special_tokens_in_content = special_tokens_in_content
+        self._rendering = Rendering(tokenizer, template, arguments)
+        self._turns = Turns(self._rendering)
+        self._tokenize = Tokenize(tokenizer)
+        # A tokenizer's own template writes the beginning itself, or means none.
+        self._lead = [] if template == CHAT else self._tokenize.lead
+        # Some begin every turn with the same token.
+        self._begins_with_bos = not self._rendering.user_head.startswith(tokenizer.bos_token or "\0")
+        self._own_input = template in TEMPLATES or is_format(template)
+        if not self._rendering.ends and tokenizer.eos_token_id is None:
+            raise UsageError(
+                "the tokenizer has no end-of-text token (eos_token) and the template ends a turn with none of its "
+                "tokens: set one, responses end with it."
+            )
+
+    def introduce(self) -> None:
+        """Say what one would not expect of the template."""
+        rendering = self._rendering
+        if rendering.system:
+            rank_zero_info(f"the chat template writes a system prompt by itself: {rendering.system[:120]!r}")
+        if rendering.writes_date:
+            rank_zero_info(
+                f"the chat template writes today's date: it is given {PINNED:%d %B %Y}, so that runs and caches agree "
+                "whenever they are made; another comes through data.template_arguments where the template takes one"
+            )
+        if not rendering.ends:
+            rank_zero_info(
+                "the chat template ends a turn of the assistant with no token: the end-of-text token "
+                f"{self.tokenizer.eos_token} is learnt after the last turn of a conversation"
+            )
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens at which a turn of the assistant ends, by the template and by the tokenizer."""
+        ids = [self.tokenizer.convert_tokens_to_ids(end) for end in self._rendering.ends]
+        eos = self.tokenizer.eos_token_id
+        return list(dict.fromkeys(ids if eos is None else [*ids, eos]))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the tokens depend on beside the records and the tokenizer."""
+        settings = [self._rendering.texts, self.arguments, self.learn, self.special_tokens_in_content, self._own_input]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, record: Record) -> Encoded:
+        """One record as tokens.
+
+        Raises:
+            SampleError: the template refuses it, or it cannot be told which tokens are learnt.
+        """
+        (encoded,) = self.encode_many([record])
+        if isinstance(encoded, SampleError):
+            raise encoded
+        return encoded
+
+    def encode_many(self, records: Sequence[Record]) -> list[Encoded | SampleError]:
+        """Records as tokens, in one call; in the place of one that is refused stands the reason."""
+        plans: list[_Plan | SampleError] = []
+        for record in records:
+            try:
+                plans.append(self._plan(record))
+            except SampleError as error:
+                where = f"{record['file']}, line {record['line']}: " if record.get("file") else ""
+                plans.append(SampleError(f"{where}{error}"))
+        good = [plan for plan in plans if isinstance(plan, _Plan)]
+        behind = [[*plan.starts, *(place for span in [*plan.spans, *plan.left_out] for place in span)] for plan in good]
+        whole = iter(self._tokenize.many([plan.whole for plan in good], behind))
+        apart = [plan.apart for plan in good if plan.apart is not None]
+        prompts = iter(self._tokenize.many(apart, [()] * len(apart)))
+        return [
+            plan
+            if isinstance(plan, SampleError)
+            else self._encoded(plan, next(whole), None if plan.apart is None else next(prompts))
+            for plan in plans
+        ]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Before the tokens
+
+    def _plan(self, record: Record) -> _Plan:
+        ends = not record.get("cut")
+        if record["text"]:
+            text, pattern = record["text"], self._tokenize.special_pattern
+            literal = [] if self.special_tokens_in_content else [found.span() for found in pattern.finditer(text)]
+            return _Plan(Text(text, literal=literal), [(0, len(text))], [0], ends=ends, document=True)
+        messages = json.loads(record["messages"])
+        learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
+        messages = [for_template(message, self._rendering, self._own_input) for message in messages]
+        tools = json.loads(record["tools"]) if record["tools"] else None
+        if messages[-1]["role"] == "assistant":
+            plan = self._answer(messages, tools, learnt, ends)
+        else:
+            plan = self._prompt(messages, tools)
+        plan.tools_left_out = bool(tools) and not self._rendering.writes_tools
+        return plan
+
+    def _prompt(self, messages: list[Message], tools: list[Any] | None) -> _Plan:
+        prompt = self._rendering.text(messages, tools, prompt=True)
+        try:
+            turns = self._turns.find(prompt, messages, tools)
+        except SampleError:  # nothing of it is learnt
+            turns = []
+        text = Text(prompt, literal=self._literal(prompt, messages, tools, True))
+        return _Plan(text, starts=self._starts(prompt, messages, turns), prompt=prompt, prompt_end=len(prompt))
+
+    def _answer(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool], ends: bool) -> _Plan:
+        rendering = self._rendering
+        whole = rendering.text(messages, tools)
+        prompt = rendering.text(messages[:-1], tools, prompt=True) if messages[1:] else None
+        turns = self._turns.find(whole, messages, tools, prompt)
+        last = turns[-1]
+        if prompt is None:
+            prompt = whole[: last.start]
+        if self.learn == "last_turn":
+            learnt = [False] * (len(turns) - 1) + learnt[-1:]
+        stop = len(whole) if ends and rendering.ends else last.end if ends else last.said
+        spans, numbers = [], []
+        left_out = [(turn.start, turn.end) for turn, learn in zip(turns, learnt, strict=True) if not learn]
+        for number, turn in enumerate(turns):
+            own = [(start, min(end, stop)) for start, end in turn.marked or ((turn.start, turn.end),)]
+            spans += own if learnt[number] else []
+            numbers += [number] * len(own) if learnt[number] else []
+        goes_on = prompt == whole[: last.start]
+        # Where no token ends a turn, the next one is not to reach into it.
+        cuts = [start for start, _ in spans] + ([] if rendering.ends else [end for _, end in spans])
+        cuts += [last.start] if goes_on else []
+        return _Plan(
+            Text(whole[:stop], [cut for cut in cuts if cut < stop], self._literal(whole, messages, tools, False)),
+            spans,
+            numbers,
+            left_out,
+            self._starts(whole, messages, turns),
+            prompt,
+            last.start if goes_on else None,
+            None if goes_on else Text(prompt, literal=self._literal(prompt, messages[:-1], tools, True)),
+            ends=ends and not rendering.ends,
+            answered=True,
+        )
+
+    def _literal(self, written: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> list[Range]:
+        if self.special_tokens_in_content:
+            return []
+        return literal_ranges(self._tokenize.special_pattern, self._rendering, written, messages, tools, prompt)
+
+    def _starts(self, whole: str, messages: list[Message], turns: list[Turn]) -> list[int]:
+        """Where questions begin, each with its head."""
+        behind = iter(turns)
+        starts = [self._first(whole, messages)]
+        previous = None
+        for message in messages:
+            if previous is not None and message["role"] == "user":
+                rest = whole[previous.end :]
+                starts.append(previous.end + len(rest) - len(rest.lstrip()))
+            previous = next(behind, None) if message["role"] == "assistant" else None
+        return starts
+
+    def _first(self, whole: str, messages: list[Message]) -> int:
+        """Where the first message begins that is not the system's."""
+        index = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
+        head, text = self._rendering.user_head, content_text(messages[index]).strip()
+        found = whole.find(head + text) if head and text and messages[index]["role"] == "user" else -1
+        if found < 0 and index:
+            try:
+                alone = self._rendering.text(messages[:index])
+            except SampleError:  # some take no system's message without a question
+                return 0
+            return len(alone) if whole.startswith(alone) else 0
+        return max(found, 0)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Behind the tokens
+
+    def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None) -> Encoded:
+        ids, shift = self._begun(tokens.ids, plan)
+        at = {place: index + shift for place, index in tokens.at.items()}
+        bos = self.tokenizer.bos_token_id
+        first = shift or int(self._begins_with_bos and ids[:1] == [bos])
+        if apart is not None:
+            prompt_ids, _ = self._begun(apart.ids, plan)
+        else:
+            prompt_ids = [] if plan.prompt_end is None else ids[: at.get(plan.prompt_end, len(ids))]
+        spans = [(at[start], at[end]) for start, end in plan.spans]
+        turns = plan.turns
+        eos = self.tokenizer.eos_token_id
+        if plan.ends and eos is not None:
+            if spans and spans[-1][1] == len(ids):
+                spans[-1] = (spans[-1][0], len(ids) + 1)
+            ids = [*ids, eos]
+        if plan.document:
+            spans = [(first, len(ids))]
+        elif self.learn == "everything" and plan.answered:
+            spans = _others([(at[start], at[end]) for start, end in plan.left_out], first, len(ids))
+            turns = list(range(len(spans)))
+        return Encoded(
+            ids,
+            [span for span in spans if span[0] < span[1]],
+            [number for number, span in zip(turns, spans, strict=True) if span[0] < span[1]],
+            [max(first, at[place]) for place in plan.starts if place in at],
+            plan.prompt,
+            prompt_ids,
+            tokens.in_pieces,
+            plan.tools_left_out,
+        )
+
+    def _begun(self, ids: list[int], plan: _Plan) -> tuple[list[int], int]:
+        """Tokens with those that begin a text, once, and how many have come to them."""
+        lead = self._tokenize.lead if plan.document else self._lead
+        return (ids, 0) if not lead or ids[: len(lead)] == lead else ([*lead, *ids], len(lead))
+
+
+def _others(ranges: list[Range], start: int, end: int) -> list[Range]:
+    """What is left of a range without some, which are in order.
+
+    >>> _others([(3, 5)], 1, 9)
+    [(1, 3), (5, 9)]
+    """
+    edges = [start, *(edge for one in ranges for edge in one), end]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def render(template: str, instruction: str, input: str = "") -> str:

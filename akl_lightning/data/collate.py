@@ -1,5 +1,6 @@
 """Rows of a tokenized split, and how they become a batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -12,41 +13,67 @@ from akl_lightning.data.sampler import FILLER
 IGNORE_INDEX = -100
 """Label of what is not to be learnt."""
 
+NO_TURN = -1
+"""Turn of what is not to be learnt."""
+
+LEARNT = ("input_ids", "spans", "turns")
+"""Columns of a batch to learn from."""
+
+PROMPTS = ("prompt_ids",)
+"""Columns of a batch of prompts."""
+
 Row = dict[str, Any]
-"""``prompt_ids`` and ``response_ids``, lists of tokens, and ``index``, the number of the sample in its split."""
+"""Tokens of a row, :data:`LEARNT` or :data:`PROMPTS`, and ``index``, its number in its split."""
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of a split by index, and an empty one for the filler."""
+    """Rows of a split by index, and an empty one for the filler.
 
-    def __init__(self, data: datasets.Dataset) -> None:
-        self.data = data
+    Args:
+        data: the split.
+        columns: what is needed of a row.
+    """
+
+    def __init__(self, data: datasets.Dataset, columns: Sequence[str]) -> None:
+        self.data = data.select_columns(list(columns))
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Row:
-        row = {"prompt_ids": [], "response_ids": []} if index == FILLER else self.data[index]
+        row = {name: [] for name in self.columns} if index == FILLER else self.data[index]
         return {**row, "index": index}
 
 
 def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``, padded on the right; and ``index``.
+    """A batch to learn from, padded on the right.
 
     Args:
-        rows: samples; one without a prompt gets a padding token for it.
+        rows: :data:`LEARNT` of samples; one without any token gets a padding token.
         pad_id: the padding token.
 
-    >>> collate([{"prompt_ids": [5], "response_ids": [6, 7], "index": 0}], 0)["labels"]
-    tensor([[-100,    6,    7]])
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` and ``turn``, each ``[batch, length]``; and ``index`` ``[batch]``.
+        ``turn`` is the number of the assistant's turn that a learnt token belongs to, -1 elsewhere.
+
+    >>> batch = collate([{"input_ids": [5, 6, 7, 8, 9], "spans": [1, 2, 4, 5], "turns": [0, 1], "index": 0}], 0)
+    >>> batch["labels"]
+    tensor([[-100,    6, -100, -100,    9]])
+    >>> batch["turn"]
+    tensor([[-1,  0, -1, -1,  1]])
     """
-    prompts = [row["prompt_ids"] or [pad_id] for row in rows]
-    whole = [prompt + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
-    labels = [[IGNORE_INDEX] * len(prompt) + row["response_ids"] for prompt, row in zip(prompts, rows, strict=True)]
+    ids = [row["input_ids"] or [pad_id] for row in rows]
+    labels, turns = [[IGNORE_INDEX] * len(row) for row in ids], [[NO_TURN] * len(row) for row in ids]
+    for number, row in enumerate(rows):
+        for start, end, turn in zip(row["spans"][::2], row["spans"][1::2], row["turns"], strict=True):
+            labels[number][start:end] = ids[number][start:end]
+            turns[number][start:end] = [turn] * (end - start)
     return {
-        "input_ids": _pad(whole, pad_id, "right"),
-        "attention_mask": _pad([[1] * len(row) for row in whole], 0, "right"),
+        "input_ids": _pad(ids, pad_id, "right"),
+        "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
         "labels": _pad(labels, IGNORE_INDEX, "right"),
+        "turn": _pad(turns, NO_TURN, "right"),
         "index": torch.tensor([row["index"] for row in rows]),
     }
 

@@ -1,5 +1,6 @@
 """What is known of the data that a Trainer runs on, whoever gives them; asked for here and nowhere else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,6 +36,9 @@ class DataFacts:
     template_digest: str | None = None
     """What tells it from others."""
 
+    end_tokens: Sequence[int] | None = None
+    """With which of them a response ends."""
+
     source: Any = None
     """Where the samples come from, with a ``description``."""
 
@@ -56,3 +60,13 @@ def data_of(trainer: Trainer | None) -> Any:
 def facts_of_run(trainer: Trainer | None) -> DataFacts:
     """What is known of the data of a run."""
     return facts_of(data_of(trainer))
+
+
+def positions_of(module: object) -> int | None:
+    """Tokens of the longest sample that all models of a module take, or None where none of them has a bound.
+
+    A teacher's cache takes as many as its longest sample may have had.
+    """
+    models = [getattr(module, name, None) for name in ("student", "teacher")]
+    found = [getattr(model, "max_positions", None) for model in models]
+    return min((positions for positions in found if positions), default=None)

@@ -1,27 +1,31 @@
-"""Where instruction pairs come from."""
+"""Where records come from."""
 
-import ast
-import importlib.util
-import inspect
-import json
-import platform
-import sysconfig
-from abc import ABC, abstractmethod
+import glob
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
+import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm.auto import tqdm
 
+from akl_lightning.data.docstrings import Docstrings
+from akl_lightning.data.files import READERS, ending, read_file, without_nulls
+from akl_lightning.data.forms import Forms
+from akl_lightning.data.records import Row, Source
+from akl_lightning.data.splits import keys
+from akl_lightning.data.store import firsts, store
 from akl_lightning.errors import UsageError, first_line
 from akl_lightning.hub import out_of_reach
+
+__all__ = ["Docstrings", "Files", "HubDataset", "JsonLines", "Mixture", "PaperTestSet", "Source"]
 
 
 @dataclass(frozen=True)
@@ -39,194 +43,146 @@ class Pair:
     """Whether the response was cut off, so that no end-of-text is to be learnt after it."""
 
 
-class Source(ABC):
-    """Gives instruction pairs."""
+class Files(Source):
+    """Files of records, of any of the usual forms, which may be mixed in one file.
 
-    @abstractmethod
-    def load(self) -> dict[str, list[Pair]]:
-        """Pairs under ``train``, and under ``validation`` and ``test`` where the source knows these splits.
-
-        A test set has its pairs under ``test`` alone.
-        """
-
-    @property
-    def description(self) -> str:
-        """What they are, in a few words, for model cards."""
-        return type(self).__name__
-
-
-class Docstrings(Source):
-    """The documentation of Python's standard library and of installed packages, read from their source files.
-
-    The files are parsed, never imported or run. The instruction is a function's, method's or class's qualified name
-    and signature; the response is its docstring's first paragraph. Tests, duplicates, and docstrings that are no text
-    are dropped.
+    They are told by their fields, see :class:`~akl_lightning.data.forms.Forms`: ``messages``, ``conversations``,
+    ``prompt`` and ``completion``, ``instruction`` and ``output``, ``chosen``, ``text``, ``prompt`` alone. A file is
+    JSON Lines (``.jsonl``), a JSON array (``.json``), either of them packed (``.gz``), ``.parquet``, ``.csv`` or
+    ``.arrow``.
 
     Args:
-        packages: installed packages, by the names they are imported by, in addition to the standard library.
-
-    Raises:
-        UsageError: a package that is not installed, or nothing to read.
-    """
-
-    def __init__(self, packages: Sequence[str] = ()) -> None:
-        self.packages = tuple(packages)
-
-    @property
-    def description(self) -> str:
-        also = "".join(f", of {package}" for package in self.packages)
-        return f"the documentation of Python {platform.python_version()}'s standard library{also}"
-
-    def load(self) -> dict[str, list[Pair]]:
-        return {"train": list(_read_docstrings(self.packages))}
-
-
-@cache
-def _read_docstrings(packages: tuple[str, ...]) -> tuple[Pair, ...]:
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [(path, path.relative_to(library)) for path in sorted(library.rglob("*.py"))]
-    for package in packages:
-        root = _folder_of(package)
-        files += [(path, path.relative_to(root.parent)) for path in sorted(root.rglob("*.py"))]
-    files = [(path, relative) for path, relative in files if _is_library(relative)]
-    pairs: list[Pair] = []
-    names, outputs = set(), set()
-    for path, relative in tqdm(files, desc="Reading docstrings", unit="file", leave=False):
-        for pair in _documented(path, relative):
-            if pair.name not in names and pair.output not in outputs:
-                names.add(pair.name)
-                outputs.add(pair.output)
-                pairs.append(pair)
-    if not pairs:
-        raise UsageError(f"no docstrings in {library}: use a Python whose standard library is source files.")
-    return tuple(pairs)
-
-
-def _folder_of(package: str) -> Path:
-    # The parent of a dotted name would be imported to find it.
-    spec = None if "." in package else importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"there is no installed package {package!r} to read docstrings of: install it or leave it out."
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _is_library(path: Path) -> bool:
-    dropped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-    return not dropped & set(path.parts) and not any(part.startswith(("test_", "config-")) for part in path.parts)
-
-
-def _documented(path: Path, relative: Path) -> Iterator[Pair]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and files for other versions
-        return
-    parts = relative.with_suffix("").parts
-    yield from _definitions(tree, ".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-
-
-def _definitions(parent: ast.AST, qualified: str) -> Iterator[Pair]:
-    for node in ast.iter_child_nodes(parent):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{qualified}.{node.name}"
-            text = _first_paragraph(ast.get_docstring(node, clean=False) or "")
-            if text:
-                yield Pair(instruction=_signature(node, name), output=text, name=name)
-            yield from _definitions(node, name)
-        elif isinstance(node, ast.If | ast.Try | ast.With):
-            yield from _definitions(node, qualified)
-
-
-def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, name: str) -> str:
-    if isinstance(node, ast.ClassDef):
-        return f"class {name}({', '.join(ast.unparse(base) for base in node.bases)})"
-    return f"def {name}({ast.unparse(node.args)})"
-
-
-def _first_paragraph(docstring: str) -> str:
-    paragraph = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
-    letters = sum(character.isalpha() or character == " " for character in paragraph)
-    is_text = len(paragraph.split()) >= 3 and letters > 0.7 * len(paragraph) and paragraph.isprintable()
-    return paragraph if is_text else ""
-
-
-class JsonLines(Source):
-    """JSON Lines files, an object with texts on each line.
-
-    Args:
-        path: the file that is split into train, validation and test, or is train where the others are given.
-        validation_path: a file of validation pairs.
-        test_path: a file of test pairs; it does without the others.
+        path: a file, a folder with all below it, a pattern such as ``data/*.jsonl``, or several of them: what is split
+            into train, validation and test, or is train where the others are given. Files of a folder whose names say
+            so (``test.jsonl``) are validation or test records, and what is given as one of these is not train, unless
+            it is named here itself.
+        validation_path: likewise, of validation records.
+        test_path: likewise, of test records; it does without the others.
         instruction: field of the instruction.
         input: field of its input; it may be missing.
-        output: field of the response, a text or a list of acceptable ones, of which the first is learnt. Pairs without
-            any are dropped, but kept for a test, where they are prompts to answer. Where a field ``cut`` is true, as
-            ``akl generate`` writes it, no end-of-text is learnt after the response.
+        output: field of the response, a text or a list of acceptable ones, of which the first is learnt. Records
+            without any are dropped, but kept for a test, where they are prompts to answer. Where a field ``cut`` is
+            true, as ``akl generate`` writes it, no end is learnt after the response.
+        messages: field of the messages.
+        text: field of a document.
 
     Raises:
-        UsageError: no file given.
+        UsageError: no file given, or one field for two things.
     """
+
+    otherwise: str | None = None
+    """What a file of another ending is."""
 
     def __init__(
         self,
-        path: str | None = None,
-        validation_path: str | None = None,
-        test_path: str | None = None,
+        path: list[str] | str | None = None,
+        validation_path: list[str] | str | None = None,
+        test_path: list[str] | str | None = None,
         instruction: str = "instruction",
         input: str = "input",
         output: str = "output",
+        messages: str = "messages",
+        text: str = "text",
     ) -> None:
-        self.paths = {"train": path, "validation": validation_path, "test": test_path}
+        given = {"train": path, "validation": validation_path, "test": test_path}
+        self.paths = {
+            split: [paths] if isinstance(paths, str | Path) else list(paths)
+            for split, paths in given.items()
+            if paths is not None
+        }
         if path is None and (test_path is None or validation_path is not None):
-            raise UsageError("JsonLines needs a path: of pairs to split and train on, or a test_path alone.")
-        self.fields = (instruction, input, output)
+            raise UsageError(
+                f"{type(self).__name__} needs a path: of records to split and train on, or a test_path alone."
+            )
+        self.forms = Forms(instruction, input, output, messages, text)
 
     @property
     def description(self) -> str:
-        return ", ".join(Path(path).name for path in self.paths.values() if path is not None)
+        return ", ".join(Path(path).name for paths in self.paths.values() for path in paths)
 
-    def load(self) -> dict[str, list[Pair]]:
-        return {split: self._read(Path(path), split) for split, path in self.paths.items() if path is not None}
+    def load(self) -> dict[str, datasets.Dataset]:
+        return {split: self._read(split, files) for split, files in self._files().items()}
 
-    def _read(self, path: Path, split: str) -> list[Pair]:
-        if not path.is_file():
-            raise UsageError(f"there is no file {path}: give data.source.path the path of a JSON Lines file.")
-        pairs = [self._pair(record, where) for record, where in json_lines(path)]
-        return _usable(pairs, str(path), split)
+    def _files(self) -> dict[str, list[Path]]:
+        found = {
+            split: [file for path in paths for file, _ in self._below(path)] for split, paths in self.paths.items()
+        }
+        held_out = {file.resolve() for split in found if split != "train" for file in found[split]}
+        if "train" not in found:
+            return found
+        named: dict[str, list[Path]] = {"train": []}
+        for path in self.paths["train"]:
+            for file, split in self._below(path):
+                given = file == Path(path).expanduser()
+                if (given or file.resolve() not in held_out) and file not in named["train"]:
+                    named.setdefault(split, []).append(file)
+        for split in ("validation", "test"):
+            if split in named:
+                names = ", ".join(file.name for file in named[split])
+                rank_zero_info(f"{self.description}: {names} by name: {split} records")
+                found[split] = found.get(split, []) + named[split]
+        if not named["train"]:
+            raise UsageError(
+                f"{self.description}: no file is left to train on, all are validation or test files by their names or "
+                "paths; give other ones as data.source.path."
+            )
+        return found | {"train": named["train"]}
 
-    def _pair(self, record: dict[str, Any], where: str) -> Pair:
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text that could be tokenized
-            raise UsageError(f"{where} is no JSON in UTF-8 ({error}): mend or remove the line.") from error
-        return _pair(record, self.fields, where)
+    def _below(self, given: str) -> list[tuple[Path, str]]:
+        """The files that a path means, and the split that each one's name says it is of."""
+        path = Path(given).expanduser()
+        if path.is_file():
+            return [(path, "train")]
+        if path.is_dir():
+            inside = sorted(
+                file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".") and ending(file)
+            )
+            if not inside:
+                raise UsageError(f"the folder {path} holds no file that ends with {', '.join(READERS)}.")
+            return [(file, _split_of(file)) for file in inside]
+        matching = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not matching:
+            raise UsageError(f"there is no file {path}: give data.source.path the path of a file, folder or pattern.")
+        return [(file, "train") for file in matching]
+
+    def _read(self, split: str, paths: list[Path]) -> datasets.Dataset:
+        def rows(notes: Counter) -> Iterator[Row | None]:
+            for path in paths:
+                for record, line, where in read_file(path, self.forms.columns, self.otherwise):
+                    yield self.forms.read(record, str(path), line, where, split, notes)
+
+        contents = [[str(path), _digest_of(path)] for path in paths]
+        where = str(paths[0]) if len(paths) == 1 else f"{self.description}, {split}"
+        return store(where, [contents, self.otherwise, self.forms.names, split == "test"], rows)
 
 
-def json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSON Lines file, each with its place in words.
+class JsonLines(Files):
+    """:class:`Files`, of which those whose names end otherwise are JSON Lines."""
 
-    Raises:
-        UsageError: a line is no JSON object.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(tqdm(lines, desc=f"Reading {path.name}", unit="line", leave=False), 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f"{where} is no JSON in UTF-8 ({error}): mend or remove the line; each is an object of its own."
-                ) from error
-            if not isinstance(record, dict):
-                raise UsageError(f"{where} is no JSON object but {str(record)[:40]!r}: mend or remove the line.")
-            yield record, where
+    otherwise = ".jsonl"
+
+
+def _split_of(file: Path) -> str:
+    words = "".join(letter if letter.isalpha() else " " for letter in file.name.lower()).split()
+    for split, names in {"validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"}}.items():
+        if names & set(words):
+            return split
+    return "train"
+
+
+def _digest_of(path: Path) -> str:
+    # Not when it was written, which a copy or a checkout changes, and an edit within a tick of the clock does not.
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {first_line(error)}.") from error
 
 
 class HubDataset(Source):
     """A data set of the Hugging Face hub, or a local folder that ``datasets`` reads.
+
+    Its records are of any of the usual forms, as those of :class:`Files`.
 
     Args:
         path: hub name, local folder with data files, or folder that ``save_to_disk`` wrote.
@@ -235,6 +191,8 @@ class HubDataset(Source):
         instruction: column of the instruction.
         input: column of its input; it may be missing.
         output: column of the response.
+        messages: column of the messages.
+        text: column of documents.
     """
 
     def __init__(
@@ -245,31 +203,51 @@ class HubDataset(Source):
         instruction: str = "instruction",
         input: str = "input",
         output: str = "output",
+        messages: str = "messages",
+        text: str = "text",
     ) -> None:
         self.path = path
         self.name = name
         self.data_files = data_files
-        self.fields = (instruction, input, output)
+        self.forms = Forms(instruction, input, output, messages, text)
 
     @property
     def description(self) -> str:
         return self.path if self.name is None else f"{self.path}, {self.name}"
 
-    def load(self) -> dict[str, list[Pair]]:
+    def load(self) -> dict[str, datasets.Dataset]:
         loaded = self._load()
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict(train=loaded)
-        if not {"train", "test"} & set(loaded):
+        splits = [split for split in ("train", "validation", "test") if split in loaded]
+        if not {"train", "test"} & set(splits):
             raise UsageError(
                 f"the data set {self.path!r} has neither a split 'train' nor 'test', only {', '.join(loaded)}."
             )
-        splits = {}
-        for split in ("train", "validation", "test"):
-            if split in loaded:
-                where = f"{self.path}, {split}"
-                pairs = [_pair(row, self.fields, f"{where}, row {index}") for index, row in enumerate(loaded[split])]
-                splits[split] = _usable(pairs, where, split)
-        return splits
+        left = [split for split in loaded if split not in splits]
+        if left:
+            rank_zero_info(f"{self.path}: the splits {', '.join(left)} are left, only {', '.join(splits)} are read")
+        return {split: self._read(split, loaded[split]) for split in splits}
+
+    def _read(self, split: str, data: datasets.Dataset) -> datasets.Dataset:
+        where = f"{self.path}, {split}"
+        known = [name for name in data.column_names if name in self.forms.columns]
+        if len(data) and not known:
+            raise UsageError(
+                f"{where} fits no form, its columns are {', '.join(data.column_names)}: name them in the source."
+            )
+
+        def rows(notes: Counter) -> Iterator[Row | None]:
+            batches = data.select_columns(known).with_format(None).iter(1000)
+            row = 0
+            for batch in tqdm(batches, desc=f"Reading {where}", total=-(-len(data) // 1000), leave=False):
+                for values in zip(*batch.values(), strict=True):
+                    record = without_nulls(dict(zip(batch, values, strict=True)))
+                    yield self.forms.read(record, where, row, f"{where}, row {row}", split, notes)
+                    row += 1
+
+        files = [[file["filename"], _digest_of(Path(file["filename"]))] for file in data.cache_files]
+        return store(where, [where, files, self.forms.names] if files else None, rows)
 
     def _load(self) -> datasets.Dataset | datasets.DatasetDict:
         path = Path(self.path)
@@ -326,7 +304,7 @@ class PaperTestSet(Source):
     def description(self) -> str:
         return "/".join(self.files[self.name])
 
-    def load(self) -> dict[str, list[Pair]]:
+    def load(self) -> dict[str, datasets.Dataset]:
         repository, file = self.files[self.name]
         try:
             path = hf_hub_download(repository, file, repo_type="dataset", local_files_only=out_of_reach(repository))
@@ -338,38 +316,70 @@ class PaperTestSet(Source):
         return JsonLines(test_path=path).load()
 
 
-def _pair(record: dict[str, Any], fields: tuple[str, str, str], where: str) -> Pair:
-    instruction, input, output = fields
-    for field in (instruction, output):
-        if field not in record:
-            raise UsageError(
-                f"{where} has no field {field!r}, only {', '.join(record)}: name its fields in the source."
-            )
-    responses = record[output] if isinstance(record[output], list) else [record[output] or ""]
-    for field, text in [(instruction, record[instruction]), *((output, response) for response in responses)]:
-        if not isinstance(text, str):
-            raise UsageError(f"{where}: the field {field!r} is no text but {text!r}: write it as a string.")
-    given = record.get(input) or ""
-    if not isinstance(given, str):
-        raise UsageError(f"{where}: the field {input!r} is no text but {given!r}: write it as a string.")
-    references = tuple(response for response in responses if response.strip())
-    first = references[0] if references else ""
-    several = references if len(references) > 1 else ()
-    return Pair(record[instruction], first, given, references=several, cut=record.get("cut") is True)
+class Mixture(Source):
+    """Several sources as one.
 
+    Records that two of them share are there once. Validation and test records are those that the sources have; where
+    none has any, they are split off from the mixture.
 
-def _usable(pairs: list[Pair], where: str, split: str) -> list[Pair]:
-    """Drop pairs without an instruction or (but for a test) a response, and duplicates; keep the order."""
-    usable = list(
-        dict.fromkeys(pair for pair in pairs if pair.instruction.strip() and (split == "test" or pair.output.strip()))
-    )
-    if len(usable) < len(pairs):
-        rank_zero_info(
-            f"{where}: {len(pairs) - len(usable)} of {len(pairs)} pairs dropped: no instruction, no response, or there "
-            "twice"
-        )
-    if not usable:
-        raise UsageError(
-            f"{where} has no usable pair left among {len(pairs)}: each needs an instruction and an output."
-        )
-    return usable
+    Args:
+        sources: of the records.
+        weights: of each source's training records in the mixture, in relation to each other. As many are taken as there
+            are without taking one twice, by a hash of each, and what is left is counted. None takes all of all.
+
+    Raises:
+        UsageError: not a weight above 0 for each source.
+    """
+
+    def __init__(self, sources: list[Source], weights: list[float] | None = None) -> None:
+        if not sources:
+            raise UsageError("Mixture needs sources: give it two or more.")
+        if weights is not None and (len(weights) != len(sources) or not all(0 < one < float("inf") for one in weights)):
+            raise UsageError(f"Mixture needs a weight above 0 for each of its {len(sources)} sources, got {weights}.")
+        self.sources = sources
+        self.weights = weights
+
+    @property
+    def description(self) -> str:
+        shares = [f"{weight:g} × " for weight in self.weights] if self.weights else [""] * len(self.sources)
+        return " + ".join(share + source.description for share, source in zip(shares, self.sources, strict=True))
+
+    def load(self) -> dict[str, datasets.Dataset]:
+        loaded = [source.load() for source in self.sources]
+        mixed = {}
+        for split in ("train", "validation", "test"):
+            parts = [splits[split] for splits in loaded if split in splits]
+            if split == "train" and self.weights is not None and parts:
+                parts = self._weighted(loaded, self.weights)
+            if parts:
+                whole = datasets.concatenate_datasets(parts)
+                first = firsts(whole)
+                if not first.all():
+                    rank_zero_info(
+                        f"{self.description}, {split}: {int((~first).sum()):,} of {len(whole):,} records dropped, "
+                        "there twice"
+                    )
+                    whole = whole.select(np.flatnonzero(first))
+                mixed[split] = whole
+        return mixed
+
+    def _weighted(
+        self, loaded: Sequence[dict[str, datasets.Dataset]], weights: Sequence[float]
+    ) -> list[datasets.Dataset]:
+        trained = []
+        for source, splits in zip(self.sources, loaded, strict=True):
+            if "train" not in splits:
+                raise UsageError(f"{source.description} has no training records that a weight of Mixture could count.")
+            trained.append(splits["train"])
+        unit = min(len(data) / weight for data, weight in zip(trained, weights, strict=True))
+        parts = []
+        for source, data, weight in zip(self.sources, trained, weights, strict=True):
+            count = min(len(data), max(1, round(unit * weight)))
+            if count < len(data):
+                rank_zero_info(
+                    f"{source.description}: {len(data) - count:,} of {len(data):,} records left out by the weights of "
+                    "the mixture"
+                )
+                data = data.select(np.sort(np.argsort(keys(data), kind="stable")[::-1][:count]))
+            parts.append(data)
+        return parts

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
 
 from akl_lightning.checkpoint import atomic_file, free_path
-from akl_lightning.data.sources import json_lines
+from akl_lightning.data.files import json_lines
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.chat import ChatEndpoint, Messages, Reply, ReplyFile
 

@@ -1,0 +1,247 @@
+"""The records of a split as rows of tokens, in Arrow, where later runs find them."""
+
+import hashlib
+import inspect
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tokenizers
+import transformers
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from akl_lightning.checkpoint import check_writable
+from akl_lightning.data import chat as chats
+from akl_lightning.data import lengths as fitting
+from akl_lightning.data import rendering, templates, tokens, turns
+from akl_lightning.data.chat import Chat
+from akl_lightning.data.lengths import Lengths, fit
+from akl_lightning.data.records import RECORD_FEATURES
+from akl_lightning.errors import UsageError
+
+_IDS = datasets.List(datasets.Value("int32"))
+_COUNT = datasets.Value("int32")
+
+_OF_RECORD = ("messages", "tools", "references", "cut", "form", "file", "line", "name")
+
+ROW_FEATURES = datasets.Features(
+    {
+        **{name: RECORD_FEATURES[name] for name in _OF_RECORD},
+        "input_ids": _IDS,
+        "spans": _IDS,  # first and behind the last of each range of learnt tokens, one after the other
+        "turns": _IDS,  # the number of the assistant's turn that each range belongs to
+        "prompt": datasets.Value("string"),  # what the last turn answers; empty where it is not to be answered
+        "prompt_ids": _IDS,
+        "prompt_length": _COUNT,
+        "length": _COUNT,
+        "learnt": _COUNT,  # tokens
+        "kept": datasets.Value("bool"),
+        "whole": _COUNT,
+        "note": datasets.Value("string"),
+        "in_pieces": datasets.Value("bool"),
+        "tools_left_out": datasets.Value("bool"),
+    }
+)
+"""Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and what
+is said of them, see :class:`~akl_lightning.data.lengths.Fitted`."""
+
+_BATCH_BYTES = 2**23
+
+
+def tokenize(
+    split: str, records: datasets.Dataset, chat: Chat, lengths: Lengths, num_proc: int = 0
+) -> datasets.Dataset:
+    """The rows of a split: first those of which something is learnt, in the records' order, then prompts alone.
+
+    What is cut or dropped is counted and said.
+
+    Args:
+        split: its name.
+        records: its records.
+        chat: makes tokens of them.
+        lengths: how many at most.
+        num_proc: processes that do it, where there is much of it.
+
+    Raises:
+        UsageError: no row is left of the records.
+    """
+    if not len(records):
+        return datasets.Dataset.from_dict({name: [] for name in ROW_FEATURES}, ROW_FEATURES)
+    content, size = _content(records)
+    described, versions = _described(chat.tokenizer), [transformers.__version__, tokenizers.__version__]
+    depends_on = [content, chat.digest, described, asdict(lengths), _CODE, versions]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    rows = records.map(
+        _encode,
+        batched=True,
+        # A batch lies in memory, and documents may be long.
+        batch_size=max(1, min(1000, _BATCH_BYTES * len(records) // max(1, size))),
+        fn_kwargs={"chat": chat, "lengths": lengths},
+        # A process wants a batch of its own.
+        num_proc=min(num_proc, len(records) // 1000) or None,
+        cache_file_name=None if described is None else _cache_file(key),
+        new_fingerprint=key,
+        features=ROW_FEATURES,
+        remove_columns=records.column_names,
+        desc=f"Tokenizing {split}",
+    )
+    _say(split, rows, lengths)
+    kept, learnt = column(rows, "kept"), column(rows, "learnt") > 0
+    if not kept.any():
+        raise UsageError(_none_left(split, rows, lengths))
+    order = np.concatenate([np.flatnonzero(kept & learnt), np.flatnonzero(kept & ~learnt)])
+    return rows if np.array_equal(order, np.arange(len(rows))) else rows.select(order)
+
+
+def column(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers, or of texts, as an array."""
+    return rows.select_columns(name).with_format("arrow")[:][name].to_numpy()
+
+
+# A function of its arguments alone, which name the file that its result is cached in.
+def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) -> dict[str, list[Any]]:
+    rows = fit(
+        [dict(zip(records, values, strict=True)) for values in zip(*records.values(), strict=True)],
+        chat.encode_many,
+        lengths,
+    )
+    columns: dict[str, list[Any]] = {name: [row.record[name] for row in rows] for name in _OF_RECORD}
+    own = ("input_ids", "turns", "prompt", "prompt_ids", "kept", "whole", "note", "in_pieces", "tools_left_out")
+    columns |= {name: [getattr(row, name) for row in rows] for name in own}
+    return columns | {
+        "spans": [[edge for span in row.spans for edge in span] for row in rows],
+        "prompt_length": [len(row.prompt_ids) for row in rows],
+        "length": [len(row.input_ids) for row in rows],
+        "learnt": [sum(end - start for start, end in row.spans) for row in rows],
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where the rows are kept
+
+_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, rendering, templates, tokens, turns)]
+
+
+class _Digest(io.RawIOBase):
+    """A file that keeps no more than a digest of what is written to it."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.hash.update(content)
+        self.size += len(content)
+        return len(content)
+
+
+def _content(records: datasets.Dataset) -> tuple[str, int]:
+    """A digest of what records hold, and how many bytes that is; no more than some rows of it lie in memory."""
+    digest = _Digest()
+    records = records.select_columns([*_OF_RECORD, "text"]).with_format("arrow")
+    schema = pa.schema([(name, records.features.arrow_schema.field(name).type) for name in records.column_names])
+    with pa.ipc.new_stream(pa.PythonFile(digest, "w"), schema) as stream:
+        for table in records.iter(256):
+            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
+    return digest.hash.hexdigest(), digest.size
+
+
+def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All that the tokens of a text depend on; None of a tokenizer that does not tell."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # Its own fingerprint changes with the padding and truncation that the last call has left in the tokenizer.
+    return [json.loads(backend.to_str()) | {"padding": None, "truncation": None}, tokenizer.special_tokens_map]
+
+
+def _cache_file(key: str) -> str | None:
+    """Where ``datasets`` keeps rows, by a name of all that they depend on."""
+    if not datasets.is_caching_enabled():
+        return None
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
+    check_writable(folder)
+    return str(folder / f"{key}.arrow")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is said of them
+
+
+def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
+    table = rows.select_columns(["note", "whole", "file", "line", "form", "in_pieces", "tools_left_out"])
+    table = table.with_format("arrow")[:]
+    documents = table.filter(pc.field("form") == "text")
+    conversations = len(table) - len(documents)
+    cut = documents.filter(pc.field("note") == "block")
+    samples = conversations + _different(documents)
+    if len(cut):
+        rank_zero_info(
+            f"{split}: {_different(cut):,} of {_different(documents):,} documents cut into {len(cut):,} blocks of "
+            f"{lengths.max_length:,} tokens"
+        )
+    notes = table.group_by("note", use_threads=False).aggregate([("whole", "count"), ("whole", "max")]).to_pylist()
+    found = {note["note"]: (note["whole_count"], note["whole_max"]) for note in notes}
+    for note, sentence in _SAID.items():
+        if note in found:
+            count, most = found.pop(note)
+            total = conversations if note in ("response", "end", "start_turns") else samples
+            settings = {"length": lengths.max_length, "prompt": lengths.longest_prompt, "bound": lengths.bound}
+            rank_zero_info(f"{split}: {count:,} of {total:,} {sentence.format(most=most, **settings)}")
+    refused = [note for note in found if note not in ("", "block", "nothing")]
+    if refused:
+        count = sum(found[note][0] for note in refused)
+        rank_zero_info(f"{split}: {count:,} of {samples:,} samples dropped, {refused[0]}")
+    for name, sentence in _FLAGS.items():
+        if count := pc.sum(table[name]).as_py():
+            rank_zero_info(f"{split}: {count:,} of {len(table):,} samples {sentence}")
+
+
+def _different(rows: pa.Table) -> int:
+    """How many records rows are of."""
+    return len(rows.group_by(["file", "line"]).aggregate([]))
+
+
+_SAID = {
+    "response": "responses cut at {length:,} tokens, the longest has {most:,}: raise data.max_length",
+    "end": "conversations cut at {length:,} tokens, of which they keep the first turns, the longest has {most:,}: raise "
+    "data.max_length, or set data.truncate to start_turns to keep the last",
+    "start_turns": "conversations cut at {length:,} tokens, of which they keep the last turns, the longest has {most:,}: "
+    "raise data.max_length",
+    "drop": "samples dropped, they are longer than {length:,} tokens, the longest has {most:,}: raise data.max_length, or "
+    "let data.truncate cut them",
+    "prompt": "samples dropped, their prompts are longer than {prompt:,} tokens, the longest has {most:,}: raise {bound}",
+}
+"""What is said of the notes of :class:`~akl_lightning.data.lengths.Fitted`."""
+
+_FLAGS = {
+    "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach from "
+    "a prompt into its response",
+    "tools_left_out": "have tools, which the chat template does not write: give another data.template",
+}
+
+
+def _none_left(split: str, rows: datasets.Dataset, lengths: Lengths) -> str:
+    notes, whole = column(rows, "note"), column(rows, "whole")
+    said = f"no usable {split} sample left"
+    prompts = whole[notes == "prompt"]
+    if len(prompts) == len(rows):
+        return (
+            f"{said}: every prompt is longer than {lengths.longest_prompt} tokens; raise {lengths.bound}, the shortest "
+            f"has {prompts.min()}."
+        )
+    if len(prompts) or (notes == "drop").any():
+        return f"{said} of {len(rows)}: raise {lengths.bound}, the shortest has {whole[whole > 0].min()} tokens."
+    reason = next((note for note in notes if note not in _SAID), "")
+    return f"{said} of {len(rows)}: {reason}" if reason != "nothing" else f"{said} of {len(rows)}: nothing is to be learnt."

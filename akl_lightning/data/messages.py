@@ -1,0 +1,117 @@
+"""Messages as records hold them, made such as a chat template expects them."""
+
+import json
+import re
+from typing import Any
+
+from akl_lightning.data.rendering import Message, Rendering, SampleError
+
+LITERAL, BEHIND_LITERAL = "\ufdd2", "\ufdd3"
+"""Stand around what looks like a special token in what somebody says; Unicode keeps these two out of all text."""
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether there is something in it to learn, and nobody says that it is not to be."""
+    says = content_text(message).strip() or message.get("tool_calls") or message.get("reasoning_content")
+    return bool(says) and message.get("learn") is not False
+
+
+def for_template(message: Message, rendering: Rendering, knows_input: bool) -> Message:
+    """A message as a template expects it: texts or parts, arguments of tools as mappings, without what is null.
+
+    Args:
+        message: as a record holds it.
+        rendering: the template.
+        knows_input: whether it has a place of its own for the input of an instruction.
+
+    Raises:
+        SampleError: it holds what the template cannot write.
+    """
+    message = {key: value for key, value in message.items() if value is not None and key != "learn"}
+    content = message.get("content")
+    if isinstance(content, list):
+        others = [part.get("type") for part in content if "text" not in part]
+        if others:
+            raise SampleError(f"a content has a part of type {others[0]!r}, and only texts can be learnt from.")
+        if not rendering.takes_parts:
+            message["content"] = content_text(message)
+    if "input" in message and not knows_input:
+        message["content"] = "\n".join(text for text in (message["content"], message.pop("input")) if text)
+    if rendering.parts and isinstance(message.get("content"), str):
+        message["content"] = [{"type": "text", "text": message["content"]}]
+    if message.get("tool_calls"):
+        if not rendering.writes_tool_calls:
+            raise SampleError("the chat template does not write calls of tools: use another one.")
+        message["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+    return message
+
+
+def content_text(message: Message) -> str:
+    """What a message says, be it a text, a list of parts or nothing.
+
+    >>> content_text({"content": [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]})
+    'Good day'
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content)
+    return "" if content is None else str(content)
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool with its arguments as a mapping, as templates expect it; in many data they are JSON texts."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:  # a template may write it as it is
+            return call
+        function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def literal_ranges(
+    pattern: re.Pattern[str],
+    rendering: Rendering,
+    written: str,
+    messages: list[Message],
+    tools: list[Any] | None,
+    prompt: bool,
+) -> list[tuple[int, int]]:
+    """Where something that somebody says looks like a special token.
+
+    Args:
+        pattern: of special tokens.
+        rendering: the template.
+        written: what it has written.
+        messages: of these messages.
+        tools: and these tools.
+        prompt: as a prompt.
+
+    Raises:
+        SampleError: the template makes something else of such a text.
+    """
+    if not _has(pattern, messages) and not _has(pattern, tools):
+        return []
+    text = rendering.text(_marked(pattern, messages), _marked(pattern, tools), prompt)
+    if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written:
+        raise SampleError("the chat template takes apart what looks like a special token in a content: reword it.")
+    found = re.finditer(f"{LITERAL}(.*?){BEHIND_LITERAL}", text, re.DOTALL)
+    starts = [(match.start() - 2 * number, len(match[1])) for number, match in enumerate(found)]
+    return [(start, start + length) for start, length in starts]
+
+
+def _has(pattern: re.Pattern[str], said: Any) -> bool:
+    if isinstance(said, str):
+        return pattern.search(said) is not None
+    inner = said.values() if isinstance(said, dict) else said if isinstance(said, list) else ()
+    return any(_has(pattern, one) for one in inner)
+
+
+def _marked(pattern: re.Pattern[str], said: Any) -> Any:
+    if isinstance(said, str):
+        return pattern.sub(rf"{LITERAL}\g<0>{BEHIND_LITERAL}", said)
+    if isinstance(said, dict):
+        return {key: _marked(pattern, inner) for key, inner in said.items()}
+    return [_marked(pattern, inner) for inner in said] if isinstance(said, list) else said

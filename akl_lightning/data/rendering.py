@@ -1,0 +1,231 @@
+"""Conversations as a chat template writes them, and what a template is found to do when it is tried."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from akl_lightning.data.templates import pinned_dates, template_text, variables, with_marks
+from akl_lightning.data.tokens import any_of
+from akl_lightning.errors import UsageError
+
+Message = dict[str, Any]
+
+USER, ASSISTANT = "Whereupon?", "Thereupon."
+"""Texts that no template has in it, and which it leaves as they are: one word with a stop, a capital first."""
+
+GIVEN_BY_US = {
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"),
+    *("dict", "range", "cycler", "joiner", "lipsum", "loop"),
+    *(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")),
+}
+"""What a template can read without being told by the user."""
+
+
+class SampleError(UsageError):
+    """One record that a template cannot write, or in which the learnt tokens cannot be told for sure."""
+
+
+class Rendering:
+    """A chat template of a tokenizer, tried once on a conversation of our own.
+
+    Args:
+        tokenizer: the tokenizer; its special tokens are known to the template.
+        template: as :func:`~akl_lightning.data.templates.template_text` takes it.
+        arguments: further variables of the template.
+
+    Raises:
+        UsageError: the template fails on a question and an answer, leaves one out, or does not use an argument.
+    """
+
+    parts: bool
+    """Whether the template wants a content as a list of parts."""
+
+    takes_parts: bool
+    """Whether it can take one, or a text as well."""
+
+    ends: tuple[str, ...]
+    """Tokens that end a turn of the assistant, most usual first."""
+
+    tail: str
+    """What stands behind an answer, without the white space at its end, where no token ends a turn."""
+
+    before: str
+    """What the assistant itself writes before its answer, such as an empty thought."""
+
+    user_head: str
+    """What stands before what the user says."""
+
+    writes_date: bool
+    """Whether it writes today's date."""
+
+    system: str
+    """What the template writes before the first question by itself."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.arguments = dict(arguments or {})
+        self._text = template_text(template, tokenizer)
+        self._text_for_tools = template_text(template, tokenizer, with_tools=True)
+        self._check_arguments()
+        self._marked = with_marks(self._text), with_marks(self._text_for_tools)
+        self.writes_tool_calls = "tool_calls" in self._text_for_tools
+        self.writes_tools = "tools" in variables(self._text_for_tools)
+        self._try()
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The Jinja text of the template, and of the one for tools."""
+        return self._text, self._text_for_tools
+
+    def text(self, messages: list[Message], tools: list[Any] | None = None, prompt: bool = False) -> str:
+        """Write a conversation.
+
+        Args:
+            messages: the conversation, at least one message.
+            tools: descriptions of tools.
+            prompt: write the beginning of an answer as well, which the assistant is to go on from.
+
+        Raises:
+            SampleError: the template fails, with its own reason.
+        """
+        return self._render(self._text_for_tools if tools else self._text, messages, tools, prompt)
+
+    def marked(self, messages: list[Message], tools: list[Any] | None = None) -> str | None:
+        """The same with marks around what the template says is generated, or None where it says nothing."""
+        text = self._marked[bool(tools)]
+        return None if text is None else self._render(text, messages, tools, False)
+
+    def _render(self, template: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
+        def write(conversation: list[Message]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    conversation,
+                    tools=tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **self.arguments,
+                )
+            )
+
+        try:
+            try:
+                return write(messages)
+            except (jinja2.TemplateError, TypeError):
+                # Beside calls of tools there is often no content, which many a template does not expect.
+                if all("content" in message for message in messages):
+                    raise
+                return write([{"content": "", **message} for message in messages])
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            said = next((_words(message) for message in messages if message.get("role") == "user"), "")
+            whose = "the tokenizer's chat template" if self.template in (None, "chat") else "the chat template"
+            raise SampleError(
+                f"{whose} fails on the prompt {said[:40]!r} ({reason}): mend it, or use the template plain or alpaca, "
+                "or another one."
+            ) from error
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What it does
+
+    def _check_arguments(self) -> None:
+        try:
+            known = (variables(self._text) | variables(self._text_for_tools)) - GIVEN_BY_US
+        except jinja2.TemplateError as error:
+            raise UsageError(
+                f"the chat template is no Jinja ({' '.join(str(error).split()).rstrip('.')}): mend it, or use the "
+                "template plain or alpaca, or another one."
+            ) from error
+        for name in self.arguments:
+            if name not in known:
+                raise UsageError(
+                    f"data.template_arguments has {name!r}, which the chat template does not use: it knows "
+                    f"{', '.join(sorted(known)) or 'none'}."
+                )
+
+    def _try(self) -> None:
+        for self.parts in (False, True):
+            user, assistant = self._say("user", USER), self._say("assistant", ASSISTANT)
+            try:
+                prompt = self.text([user], prompt=True)
+            except SampleError:
+                if not self.parts:
+                    raise
+                prompt = ""
+            if USER in prompt:
+                break
+        whole = self.text([user, assistant]) if USER in prompt else ""
+        for text, found, who in ((USER, prompt, "user"), (ASSISTANT, whole, "assistant")):
+            if text not in found:
+                raise UsageError(
+                    f"the chat template leaves out what the {who} says: mend it, or use the template plain or alpaca, "
+                    "or another one."
+                )
+        try:
+            two = self.text([user, assistant, user, assistant])
+            between = two.split(ASSISTANT)[1].split(USER)[0]
+        except (SampleError, IndexError):  # for one question only
+            between = ""
+        tail = whole.rpartition(ASSISTANT)[2]
+        ends = dict.fromkeys(end for end in (self._end(tail), self._end(between), self._end_of_call(user)) if end)
+        self.ends = tuple(ends)
+        self.tail = "" if self.ends else tail.rstrip()
+        begin = whole.removeprefix(prompt)
+        self.before = begin.partition(ASSISTANT)[0] if len(begin) < len(whole) else ""
+        end = self._end(between)
+        self.user_head = (between.partition(end)[2] if end else between.removeprefix(self.tail)).lstrip()
+        self.system = prompt.partition(USER)[0].removesuffix(self.user_head).strip()
+        bos = self.tokenizer.bos_token or ""
+        if not self.user_head.startswith(bos):  # with which some begin every turn
+            self.system = self.system.removeprefix(bos).strip()
+        self.system = self.system if self.user_head else ""
+        self.writes_date = any(written in prompt for written in pinned_dates(self._text))
+        self.takes_parts = self.parts or self._takes_parts()
+
+    def _say(self, role: str, text: str) -> Message:
+        return {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+
+    def _takes_parts(self) -> bool:
+        try:
+            written = self.text([{"role": "user", "content": [{"type": "text", "text": USER}]}])
+        except SampleError:
+            return False
+        return USER in written and "'type'" not in written and '"type"' not in written
+
+    def _end(self, text: str) -> str:
+        """The token that ends a turn, in what stands behind an answer."""
+        added = {token.content: token.special for token in self.tokenizer.added_tokens_decoder.values()}
+        for names in ([name for name, special in added.items() if special], list(added)):
+            names = [name for name in names if not name.isspace()]
+            if names and (found := any_of(names).search(text)):
+                return found[0]
+        return ""
+
+    def _end_of_call(self, user: Message) -> str:
+        """The same behind a call of a tool, which often has tokens of its own."""
+        call = {"name": "look_up", "arguments": {"word": ASSISTANT}}
+        message = {"role": "assistant", "tool_calls": [{"id": "abcdefghi", "type": "function", "function": call}]}
+        if not self.writes_tool_calls:
+            return ""
+        try:
+            tail = self.text([user, message]).rpartition(ASSISTANT)[2]
+        except SampleError:
+            return ""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        found = any_of(special).findall(tail)
+        return found[-1] if found else ""
+
+
+def _words(message: Message) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)

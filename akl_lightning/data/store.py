@@ -1,0 +1,117 @@
+"""Records on their way into an Arrow file, a batch at a time, where later runs find them."""
+
+import hashlib
+import inspect
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.fingerprint import get_temporary_cache_files_directory
+from datasets.table import MemoryMappedTable
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
+
+from akl_lightning.checkpoint import atomic_file, check_writable
+from akl_lightning.data import files, forms, records
+from akl_lightning.data.records import RECORD_FEATURES, Row, row_digests
+from akl_lightning.errors import UsageError
+
+_ROWS, _CHARACTERS = 1000, 2**26
+"""A batch ends at either: it lies in memory, and a column of it may not pass 2 GiB."""
+
+
+def store(
+    where: str, depends_on: Any, rows: Callable[[Counter], Iterator[Row | None]], code: ModuleType | None = None
+) -> datasets.Dataset:
+    """Records as a memory-mapped data set: written once, and found again by a name of all that they depend on.
+
+    Args:
+        where: what they are read from, in words.
+        depends_on: for JSON; with the code that reads it decides whether they are found. None for never.
+        rows: reads them, and counts what is to be said of them; None for a record that is dropped.
+        code: what else is read by.
+
+    Raises:
+        UsageError: none is left, or the cache cannot be written.
+    """
+    modules = [inspect.getsource(part) for part in (files, forms, records, code) if part is not None]
+    key = hashlib.sha256(json.dumps([depends_on, modules]).encode()).hexdigest()
+    if depends_on is None or not datasets.is_caching_enabled():
+        folder = Path(get_temporary_cache_files_directory())
+        path = folder / f"records-{len(list(folder.iterdir()))}.arrow"
+        key = ""
+    else:
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning" / "records"
+        path = folder / f"{key}.arrow"
+    check_writable(folder)
+    said = path.with_suffix(".json")
+    # One process reads; others that start with it find what it has written.
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            notes: Counter = Counter(all=0)
+            with atomic_file(path) as file:
+                _write(file, rows(notes), notes)
+                said.write_text(json.dumps(notes))
+    notes = Counter(json.loads(said.read_text()))
+    total = notes.pop("all")
+    for note, count in sorted(notes.items()):
+        rank_zero_info(f"{where}: {count:,} of {total:,} records {note}")
+    data = _open(path, key or None)
+    if not len(data):
+        raise UsageError(
+            f"{where} has no usable record left among {total}: each needs a prompt and a response, or a text."
+        )
+    return data
+
+
+def _open(path: Path, key: str | None) -> datasets.Dataset:
+    table = MemoryMappedTable.from_file(str(path))
+    # Its own fingerprint would depend on when the file was written.
+    return datasets.Dataset(table, fingerprint=key)
+
+
+def _write(path: Path, rows: Iterator[Row | None], notes: Counter) -> None:
+    schema, batch, characters = RECORD_FEATURES.arrow_schema, [], 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        for row in rows:
+            notes["all"] += 1
+            if row is None:
+                continue
+            batch.append(row)
+            characters += len(row["messages"]) + len(row["text"])
+            if len(batch) == _ROWS or characters > _CHARACTERS:
+                stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch, characters = [], 0
+        stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    first = firsts(_open(path, "written"))
+    if not first.all():
+        notes["dropped, there twice"] = int((~first).sum())
+        _keep(path, first)
+
+
+def firsts(data: datasets.Dataset) -> np.ndarray:
+    """``[records]`` bool: whether no record before says the same."""
+    digests = bytearray()
+    for digest in row_digests(data):
+        digests += digest
+    _, index = np.unique(np.frombuffer(bytes(digests), "S16"), return_index=True)
+    first = np.zeros(len(data), bool)
+    first[index] = True
+    return first
+
+
+def _keep(path: Path, mask: np.ndarray) -> None:
+    kept = path.with_name(path.name + ".kept")
+    with pa.memory_map(str(path)) as mapped, pa.OSFile(str(kept), "wb") as file:
+        batches = pa.ipc.open_stream(mapped)
+        with pa.ipc.new_stream(file, batches.schema) as stream:
+            for batch in batches:
+                here, mask = mask[: batch.num_rows], mask[batch.num_rows :]
+                stream.write_batch(batch.filter(pa.array(here)))
+    kept.replace(path)

@@ -1,0 +1,141 @@
+"""From texts to tokens in one call, and from characters to tokens."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+Range = tuple[int, int]
+"""Characters of a text, from the first to behind the last."""
+
+
+@dataclass
+class Text:
+    """A text that is to become tokens.
+
+    Args:
+        text: the text.
+        cuts: characters before which a token must begin, since a model is to go on from there.
+        literal: where what looks like a special token is text.
+    """
+
+    text: str
+    cuts: Sequence[int] = ()
+    literal: Sequence[Range] = ()
+
+
+@dataclass
+class Tokens:
+    """Its tokens, and which of them begins at or behind each of some characters."""
+
+    ids: list[int]
+    at: dict[int, int] = field(default_factory=dict)
+    in_pieces: bool = False
+
+
+class Tokenize:
+    """Texts as tokens, in one call wherever that can be.
+
+    A text is tokenized in pieces where a token would reach over a cut, where something in it looks like a special token
+    and is none, and for a tokenizer that does not tell where its tokens stand.
+
+    Args:
+        tokenizer: the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        bare, whole = self._ids("a"), list(tokenizer("a")["input_ids"])
+        extra = len(whole) - len(bare)
+        begins = next((n for n in range(extra + 1) if whole[n : n + len(bare)] == bare), 0)
+        self.lead = whole[:begins]
+        """What the tokenizer writes before a text, usually a token for its beginning."""
+        added = tokenizer.added_tokens_decoder
+        self._numbers = {token.content: number for number, token in added.items() if token.special}
+        self.special = {token.content: token for token in added.values() if token.special}
+        self.special_pattern = any_of(self.special)
+        # Where offsets leave out the space before a word, they do not tell whether it belongs to the token.
+        self._exact = tokenizer.is_fast and tokenizer(["a b"], add_special_tokens=False).char_to_token(0, 1) is not None
+        # Some write a space before a text, which is none in the middle of another.
+        self._newline = self._ids("\n")
+        self._prefixed = self._ids("\na") != [*self._newline, *bare]
+
+    def many(self, texts: Sequence[Text], behind: Sequence[Iterable[int]]) -> list[Tokens]:
+        """Tokens of texts.
+
+        Args:
+            texts: the texts.
+            behind: of each, characters whose tokens are asked for beside its cuts; there, a token may reach over.
+        """
+        whole = [index for index, text in enumerate(texts) if self._exact and not text.literal]
+        found: dict[int, Tokens] = {}
+        if whole:
+            said = self.tokenizer([texts[index].text for index in whole], add_special_tokens=False, verbose=False)
+            for row, index in enumerate(whole):
+                tokens = self._whole(said, row, texts[index], behind[index])
+                if tokens is not None:
+                    found[index] = tokens
+        return [
+            found.get(index) or self._in_pieces(text, asked)
+            for index, (text, asked) in enumerate(zip(texts, behind, strict=True))
+        ]
+
+    def _whole(self, said: BatchEncoding, row: int, text: Text, behind: Iterable[int]) -> Tokens | None:
+        """Tokens out of the one call, or None where one reaches over a cut."""
+        ids = said["input_ids"][row]
+        at = {}
+        for character in {*text.cuts, *behind}:
+            position, index = character, None
+            while position < len(text.text) and (index := said.char_to_token(row, position)) is None:
+                position += 1
+            if index is None:
+                at[character] = len(ids)
+                continue
+            begins, _ = said.token_to_chars(row, index) or (character, character)
+            if begins < character and character in text.cuts:
+                return None
+            at[character] = index + (begins < character)
+        return Tokens(ids, at)
+
+    def _in_pieces(self, text: Text, behind: Iterable[int]) -> Tokens:
+        own = self._own_special(text) if text.literal else {}
+        edges = sorted({0, len(text.text), *text.cuts, *behind, *own, *(end for end, _ in own.values())})
+        ids: list[int] = []
+        at = {0: 0}
+        for start, end in pairwise(edges):
+            if start in own:
+                ids.append(own[start][1])
+            elif not any(first < start < last for first, (last, _) in own.items()):
+                ids += self._piece(text.text[start:end], start > 0, bool(text.literal))
+            at[end] = len(ids)
+        return Tokens(ids, at, in_pieces=True)
+
+    def _own_special(self, text: Text) -> dict[int, tuple[int, int]]:
+        """Where the special tokens of the template stand: behind each start its end and its number."""
+        found = {}
+        for match in self.special_pattern.finditer(text.text):
+            if any(start <= match.start() < end for start, end in text.literal):
+                continue
+            token, end = self.special[match[0]], match.end()
+            if token.rstrip:
+                end += len(text.text[end:]) - len(text.text[end:].lstrip())
+            found[match.start()] = (end, self._numbers[match[0]])
+        return found
+
+    def _piece(self, text: str, inside: bool, literal: bool) -> list[int]:
+        if inside and self._prefixed:
+            ids = self._ids("\n" + text, literal)
+            if ids[: len(self._newline)] == self._newline:
+                return ids[len(self._newline) :]
+        return self._ids(text, literal)
+
+    def _ids(self, text: str, literal: bool = False) -> list[int]:
+        said = self.tokenizer(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)
+        return list(said["input_ids"])
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of some texts, the longest first; for none of them, one that is never found."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")

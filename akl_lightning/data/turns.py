@@ -1,0 +1,194 @@
+"""Where the assistant's turns stand in a conversation that a chat template has written."""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from akl_lightning.data.messages import content_text
+from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.templates import CLOSE, OPEN
+
+SPOT = "Whereto?"
+"""Stands for the content of the message behind a turn."""
+
+
+@dataclass
+class Turn:
+    """Characters of a turn of the assistant."""
+
+    start: int
+    """What a model that is given all before goes on with."""
+
+    said: int
+    """Behind the answer, where what ends the turn begins."""
+
+    end: int
+    """Behind what ends it."""
+
+    marked: tuple[tuple[int, int], ...] = ()
+    """What the template marks as generated, the last up to ``end``; empty where it marks nothing."""
+
+
+class Turns:
+    """Finds the turns of the assistant in what a template has written.
+
+    Args:
+        rendering: the template.
+    """
+
+    def __init__(self, rendering: Rendering) -> None:
+        self.rendering = rendering
+        ends = "|".join(re.escape(end) for end in rendering.ends)
+        self._ends = re.compile(ends or "(?!)")
+        self._soon = re.compile(rf"\s*(?:{ends})" if ends else re.escape(rendering.tail))
+
+    def find(
+        self, whole: str, messages: list[Message], tools: list[Any] | None, prompt: str | None = None
+    ) -> list[Turn]:
+        """The turns of the assistant, in order.
+
+        Args:
+            whole: what the template has written.
+            messages: the conversation.
+            tools: the tools that the template was given.
+            prompt: what the last message answers, where it is known already.
+
+        Raises:
+            SampleError: the template writes a turn so that it cannot be told where it stands.
+        """
+        spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        marks = self._marks(whole, messages, tools)
+        if marks is not None and len(marks) == len(spoken):
+            turns = [self._of_mark(whole, mark) for mark in marks]
+        else:
+            prompts = [
+                prompt
+                if prompt is not None and index + 1 == len(messages)
+                else self.rendering.text(messages[:index], tools, prompt=True)
+                if index
+                else None
+                for index in spoken
+            ]
+            turns = [
+                self._turn(whole, messages, index, tools, before) for index, before in zip(spoken, prompts, strict=True)
+            ]
+            if marks is not None:
+                self._share(whole, turns, marks)
+        for turn, following in pairwise(turns):
+            if turn.end > following.start:
+                raise _unclear("two turns of the assistant stand in one another")
+        return turns
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What the template marks
+
+    def _marks(self, whole: str, messages: list[Message], tools: list[Any] | None) -> list[tuple[int, int]] | None:
+        text = self.rendering.marked(messages, tools)
+        if text is None or text.replace(OPEN, "").replace(CLOSE, "") != whole:
+            return None  # no marks, or ones that the template looks at what is in between
+        marks = []
+        for number, piece in enumerate(re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", text)):
+            start = piece.start() - 2 * number
+            marks.append((start, start + len(piece[1])))
+        return marks
+
+    def _of_mark(self, whole: str, mark: tuple[int, int]) -> Turn:
+        """A turn of a mark, which may stand around the content alone."""
+        start, behind = mark
+        text = whole[start:behind].rstrip()
+        ended = next((end for end in self.rendering.ends if text.endswith(end)), None)
+        if ended is not None:
+            end = start + len(text)
+            return Turn(start, end - len(ended), end, ((start, end),))
+        found = self._soon.match(whole, behind)
+        end = found.end() if found else behind
+        return Turn(start, behind, end, ((start, end),))
+
+    def _share(self, whole: str, turns: list[Turn], marks: list[tuple[int, int]]) -> None:
+        """Give every turn its marks, where it has several or none."""
+        for turn in turns:
+            own = [mark for mark in marks if turn.start <= mark[0] < turn.end]
+            if own:
+                last = self._of_mark(whole, own[-1])
+                turn.marked = (*own[:-1], (last.start, last.end))
+            else:
+                turn.marked = ((turn.start, turn.start),)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What it writes step by step
+
+    def _turn(
+        self, whole: str, messages: list[Message], index: int, tools: list[Any] | None, prompt: str | None
+    ) -> Turn:
+        message, rendering = messages[index], self.rendering
+        content = content_text(message)
+        if prompt is not None and whole.startswith(prompt):
+            start = len(prompt)
+            said = None if message.get("tool_calls") else self._behind(whole, start, content)
+        else:
+            begins, said = self._around(whole, messages, index, tools)
+            start = begins - len(rendering.before) if whole[:begins].endswith(rendering.before) else begins
+            if message.get("tool_calls"):
+                raise _unclear("it writes a call of a tool anew when the conversation goes on")
+        if said is not None:
+            found = self._soon.match(whole, said)
+            if found:
+                return Turn(start, said, found.end())
+            if not rendering.ends:
+                return Turn(start, said, said)
+        stop = self._stop(whole, messages, index, tools)
+        if not rendering.ends:
+            end = start + len(whole[start:stop].rstrip())
+            return Turn(start, end, end)
+        literal = content.strip()
+        at = whole.find(literal, start, stop) if literal else -1
+        found = self._ends.search(whole, at + len(literal) if at >= 0 else start, stop)
+        if found is None:
+            raise _unclear("it ends a turn of the assistant with none of its tokens for that")
+        return Turn(start, found.start(), found.end())
+
+    def _behind(self, whole: str, start: int, content: str) -> int | None:
+        """Behind an answer that stands where it must, perhaps without the white space around it."""
+        for text in (content, content.strip()):
+            for before in ("", self.rendering.before):
+                if text and whole.startswith(before + text, start):
+                    return start + len(before) + len(text)
+        return None
+
+    def _around(self, whole: str, messages: list[Message], index: int, tools: list[Any] | None) -> tuple[int, int]:
+        """Where an answer stands, found by marks around it."""
+        content = content_text(messages[index])
+        core = content.strip()
+        if core:
+            before, behind = content[: content.find(core)], content[content.find(core) + len(core) :]
+            other = self._replaced(messages, index, f"{before}{OPEN}{core}{CLOSE}{behind}")
+            text = self.rendering.text(other, tools)
+            if text.replace(OPEN, "").replace(CLOSE, "") == whole and text.count(OPEN) == text.count(CLOSE) == 1:
+                start = text.find(OPEN)
+                return start, start + len(core)
+        raise _unclear("it writes earlier turns anew when the conversation goes on")
+
+    def _stop(self, whole: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
+        """Where the message behind a turn begins, at the latest."""
+        if index + 1 == len(messages):
+            return len(whole)
+        following = {**messages[index + 1], "content": messages[index + 1].get("content", "")}
+        shorter = self._replaced([*messages[: index + 1], following], index + 1, SPOT)
+        text = self.rendering.text(shorter, tools).rpartition(SPOT)[0]
+        if text and whole.startswith(text):
+            return len(text)
+        text = self.rendering.text(messages[: index + 1], tools)
+        if whole.startswith(text):
+            return len(text)
+        raise _unclear("it writes earlier turns anew when the conversation goes on")
+
+    @staticmethod
+    def _replaced(messages: list[Message], index: int, text: str) -> list[Message]:
+        """The conversation with another content of one message, in the form that it had."""
+        content = [{"type": "text", "text": text}] if isinstance(messages[index].get("content"), list) else text
+        return [*messages[:index], {**messages[index], "content": content}, *messages[index + 1 :]]
+
+
+def _unclear(reason: str) -> SampleError:
+    return SampleError(f"the chat template leaves it unclear what the assistant has said: {reason}.")
