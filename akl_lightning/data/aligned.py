@@ -1,14 +1,16 @@
 """The teacher's side of tokenized samples, where its tokenizer is not the student's."""
 
+import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
 from lightning.pytorch.utilities import rank_zero_info
 
 from akl_lightning.data.chat import Chat, SampleError
+from akl_lightning.data.encode import cache_file, content_digest
 from akl_lightning.data.messages import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers.alignment import NONE, Side, align
@@ -42,20 +44,23 @@ class Pairing:
     Each turn of the assistant is aligned by itself, by the bytes of its text.
 
     Args:
-        student: templates and tokens of the data.
-        teacher: of the teacher.
+        student: makes the data's tokens.
+        teacher: makes the teacher's.
+        longest: tokens that the teacher has positions for; what lies behind is not aligned. None for any number.
 
     Raises:
         UsageError: a tokenizer that does not tell the bytes of its tokens; a setting under which there are no turns.
     """
 
-    def __init__(self, student: Chat, teacher: Chat) -> None:
+    def __init__(self, student: Chat, teacher: Chat, longest: int | None = None) -> None:
         if student.learn == "everything":
             raise UsageError(
                 "data.learn everything learns prompts too, which student and teacher write by templates of their own: "
                 "set it to all_turns where their tokenizers differ."
             )
         self.chats = student, teacher
+        self.tokenizer = teacher.tokenizer
+        self.longest = longest
         self.student = TokenBytes(student.tokenizer, "student")
         self.teacher = TokenBytes(teacher.tokenizer, "teacher")
 
@@ -124,7 +129,21 @@ class Pairing:
             if found is None:
                 return self._why(row, texts[turn] if messages else "")
             aligned += found
-        return TeacherSide(other.input_ids, other.spans, aligned)
+        return self._cut(other.input_ids, other.spans, aligned)
+
+    def _cut(self, ids: list[int], spans: list[tuple[int, int]], aligned: list[int]) -> TeacherSide | str:
+        end = len(ids) if self.longest is None else self.longest
+        kept = [(start, min(stop, end)) for start, stop in spans if start < end]
+        if spans and not kept:
+            return f"its prompt is longer than the {end:,} positions of the teacher"
+        ids = ids[: min(end, kept[-1][1])] if kept else ids[:end]
+        return TeacherSide(ids, kept, [number if number < len(ids) else NONE for number in aligned])
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others."""
+        said = [[chat.digest, tokens.digest] for chat, tokens in zip(self.chats, (self.student, self.teacher), strict=True)]
+        return hashlib.sha256(json.dumps([said, self.longest]).encode()).hexdigest()
 
     def _align(
         self, mine: Sequence[int], numbers: Sequence[int], yours: Sequence[int], others: Sequence[int], text: str
@@ -154,11 +173,57 @@ def _by_turn(spans: Sequence[tuple[int, int]], turns: Sequence[int]) -> dict[int
     return of
 
 
-# A function of its arguments alone.
-def pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[str, list[Any]]:
-    """:data:`FEATURES` for a batch of rows of a split, by columns."""
-    names = [name for name in rows]
-    sides = pairing.rows([dict(zip(names, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+# --------------------------------------------------------------------------------------------------------------------
+# Whole splits
+
+
+def align_splits(
+    splits: Mapping[str, datasets.Dataset], pairing: Pairing, num_proc: int = 0
+) -> dict[str, datasets.Dataset]:
+    """The splits with the teacher's side of each sample, :data:`FEATURES`; what comes of it is said.
+
+    Args:
+        splits: tokenized.
+        pairing: aligns them.
+        num_proc: processes that do it, where there is much of it.
+
+    Raises:
+        UsageError: more than :data:`REFUSED` of the samples are not the same text for both.
+    """
+    written = {split: _written(rows, split, pairing, num_proc) for split, rows in splits.items()}
+    refused = {split: [why for why in rows["not_aligned"] if why] for split, rows in written.items()}
+    count, whole = sum(map(len, refused.values())), sum(map(len, written.values()))
+    if count > REFUSED * whole:
+        why = next(reason for of in refused.values() for reason in of)
+        raise UsageError(
+            f"{count:,} of {whole:,} samples cannot be aligned with the teacher, the first because {why}: take a teacher "
+            "whose tokenizer and template keep such text, or leave such samples out."
+        )
+    return {split: _aligned_alone(rows, split, refused[split]) for split, rows in written.items()}
+
+
+def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int) -> datasets.Dataset:
+    if set(FEATURES) <= set(rows.column_names):  # of another teacher
+        rows = rows.remove_columns(list(FEATURES))
+    if not len(rows):
+        return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict({name: [] for name in FEATURES})], axis=1)
+    depends_on = [content_digest(rows), pairing.digest, *map(inspect.getsource, (Pairing, align, Side, TokenBytes))]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    return rows.map(
+        _pair_columns,
+        batched=True,
+        fn_kwargs={"pairing": pairing},
+        num_proc=min(num_proc, len(rows) // 1000) or None,
+        cache_file_name=cache_file(key),
+        new_fingerprint=key,
+        features=datasets.Features({**rows.features, **FEATURES}),
+        desc=f"Aligning {split}",
+    )
+
+
+# A function of its arguments alone, which name the file that its result is cached in.
+def _pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[str, list[Any]]:
+    sides = pairing.rows([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
     good = [side if isinstance(side, TeacherSide) else TeacherSide([], [], []) for side in sides]
     return {
         "teacher_input_ids": [side.input_ids for side in good],
@@ -168,36 +233,15 @@ def pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[st
     }
 
 
-@dataclass
-class Aligned:
-    """What came of aligning the samples of a split."""
-
-    split: str
-    samples: int = 0
-    refused: int = 0
-    reason: str = ""
-    """Why the first one was refused."""
-
-    tokens: int = 0
-    """Learnt tokens of the student."""
-
-    aligned: int = 0
-    """Those of them that are aligned."""
-
-    def say(self) -> None:
-        """Say it."""
-        share = f"{100 * self.aligned / max(1, self.tokens):.1f} % of {self.tokens:,} response tokens are aligned"
-        dropped = f"{self.refused:,} of {self.samples:,} samples dropped" + f": {self.reason}" * bool(self.refused)
-        rank_zero_info(f"{self.split}: {share} with the teacher's, {dropped}")
-
-
-def check_refused(found: Iterable[Aligned]) -> None:
-    """Raise :class:`UsageError` where too many samples were refused."""
-    found = list(found)
-    samples, refused = sum(one.samples for one in found), sum(one.refused for one in found)
-    if refused > REFUSED * samples:
-        reason = next(one.reason for one in found if one.refused)
-        raise UsageError(
-            f"{refused:,} of {samples:,} samples are not the same text for student and teacher, the first because "
-            f"{reason}: take a teacher whose tokenizer and template keep such text, or leave such samples out."
-        )
+def _aligned_alone(rows: datasets.Dataset, split: str, refused: Sequence[str]) -> datasets.Dataset:
+    """Without those that are not, and a word about both."""
+    if not len(rows):
+        return rows
+    table = rows.select_columns(["aligned"]).with_format("arrow")[:]
+    places = table["aligned"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    share = 100 * (places != NONE).mean() if len(places) else 0.0
+    dropped = f"; {len(refused):,} of {len(rows):,} samples dropped, the first because {refused[0]}" if refused else ""
+    rank_zero_info(f"{split}: {share:.1f} % of {len(places):,} response tokens are aligned with the teacher's{dropped}")
+    if not refused:
+        return rows
+    return rows.select([number for number, why in enumerate(rows["not_aligned"]) if not why])

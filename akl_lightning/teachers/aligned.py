@@ -164,7 +164,7 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
             f"student and teacher have different tokenizers, and {kind} no text to align them by: take an "
             "InstructionDataModule, or models that share one tokenizer."
         )
-    pairing = data.align(own, inner.max_positions)
+    pairing = data.align(own, inner.longest)
     if isinstance(teacher, AlignedTeacher) and teacher.pairing is pairing:
         return teacher
     sides = [

@@ -47,8 +47,8 @@ class Teacher(ABC):
         return None
 
     @property
-    def max_positions(self) -> int | None:
-        """Longest sequence that it has read or can read, or None where that is not known."""
+    def longest(self) -> int | None:
+        """Tokens of the longest text that it has positions for, or None where that has no bound."""
         return None
 
     def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
