@@ -34,6 +34,7 @@ from akl_lightning.callbacks import (
 from akl_lightning.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.show import show_samples
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.models.load import load_tokenizer
@@ -339,7 +340,12 @@ def judge_answers(args: list[str]) -> None:
     judge(config.answers_a, config.answers_b, ChatEndpoint(**{name: config[name] for name in names}), config.output)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"cache": cache, "generate": generate, "judge": judge_answers}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "cache": cache,
+    "generate": generate,
+    "judge": judge_answers,
+    "show": show_samples,
+}
 """What ``akl`` has besides the subcommands of the Lightning CLI."""
 
 

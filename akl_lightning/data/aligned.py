@@ -10,7 +10,7 @@ import datasets
 from lightning.pytorch.utilities import rank_zero_info
 
 from akl_lightning.data.chat import Chat, SampleError
-from akl_lightning.data.encode import cache_file, content_digest
+from akl_lightning.data.encode import cache_file, content_of
 from akl_lightning.data.messages import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers.alignment import NONE, Side, align
@@ -20,6 +20,9 @@ FEATURES = {
     name: datasets.List(datasets.Value("int32")) for name in ("teacher_input_ids", "teacher_spans", "aligned")
 } | {"not_aligned": datasets.Value("string")}
 """Columns that a tokenized split gets."""
+
+_READ = ("messages", "tools", "cut", "file", "line", "input_ids", "spans", "turns")
+"""Columns of a split that its other side depends on."""
 
 REFUSED = 0.05
 """Share of samples that may be said otherwise by the teacher's tokenizer, and be dropped for that."""
@@ -207,7 +210,7 @@ def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int
         rows = rows.remove_columns(list(FEATURES))
     if not len(rows):
         return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict({name: [] for name in FEATURES})], axis=1)
-    depends_on = [content_digest(rows), pairing.digest, *map(inspect.getsource, (Pairing, align, Side, TokenBytes))]
+    depends_on = [content_of(rows, _READ)[0], pairing.digest, *map(inspect.getsource, (Pairing, align, Side, TokenBytes))]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return rows.map(
         _pair_columns,

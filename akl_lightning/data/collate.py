@@ -36,18 +36,22 @@ class Rows(torch.utils.data.Dataset):
     Args:
         data: the split.
         columns: what is needed of a row.
+        among: the samples of the split that it is about; None for all.
     """
 
-    def __init__(self, data: datasets.Dataset, columns: Sequence[str]) -> None:
+    def __init__(self, data: datasets.Dataset, columns: Sequence[str], among: Sequence[int] | None = None) -> None:
         self.data = data.select_columns(list(columns))
         self.columns = columns
+        self.among = range(len(data)) if among is None else among
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.among)
 
-    def __getitem__(self, index: int) -> Row:
-        row = {name: [] for name in self.columns} if index == FILLER else self.data[index]
-        return {**row, "index": index}
+    def __getitem__(self, place: int) -> Row:
+        if place == FILLER:
+            return {**{name: [] for name in self.columns}, "index": FILLER}
+        index = int(self.among[place])
+        return {**self.data[index], "index": index}
 
 
 def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:

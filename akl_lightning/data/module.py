@@ -1,9 +1,10 @@
 """Conversations, instructions and documents for the Trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
@@ -21,7 +22,7 @@ from akl_lightning.data.facts import positions_of
 from akl_lightning.data.lengths import Lengths, Truncate
 from akl_lightning.data.records import Source
 from akl_lightning.data.sampler import StepSampler, accumulated
-from akl_lightning.data.show import summary
+from akl_lightning.data.preview import summary
 from akl_lightning.data.sources import Docstrings
 from akl_lightning.data.splits import check_sizes, split_records
 from akl_lightning.errors import UsageError
@@ -236,15 +237,15 @@ class InstructionDataModule(LightningDataModule):
                 f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is to "
                 "be learnt of them"
             )
-        return self._loader("train", self._collate, shuffle=True)
+        return self._loader("train", self._learnt, range(len(self.splits["train"]) - left), shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split."""
-        return self._loader("validation", self._collate)
+        return self._loader("validation", self._learnt)
 
     def test_dataloader(self) -> DataLoader:
         """Batches of the test split."""
-        return self._loader("test", self._collate)
+        return self._loader("test", self._learnt)
 
     def samples(self, split: str, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
         """Every sample of a split once, on every rank alike, as batches; for looking at them before training."""
@@ -253,21 +254,30 @@ class InstructionDataModule(LightningDataModule):
             yield self._collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts of ``predict_split``, left-padded, with the ``index`` of each in the split, -1 in fillers."""
-        return self._loader(self.predict_split, self.collate_prompts)
+        """Prompts of ``predict_split``, left-padded, with the ``index`` of each in the split, -1 in fillers.
 
-    def _loader(self, split: str, collate: Any, shuffle: bool = False) -> DataLoader:
-        data, batch_size, trainer = self.splits[split], self.batch_size, self.trainer
-        lengths = column(data, "length")
-        if shuffle and not self.prompts_alone:
-            lengths = lengths[: self._learnable(split)]
+        Raises:
+            UsageError: there is none, only documents.
+        """
+        split = self.predict_split
+        asked = np.flatnonzero(column(self.splits[split], "prompt_length"))
+        if not len(asked):
+            raise UsageError(f"{type(self.source).__name__} gives no {split} prompts to answer: give data.source some.")
+        if left := len(self.splits[split]) - len(asked):
+            rank_zero_info(f"{split}: {left:,} of {left + len(asked):,} samples have no prompt to answer and are left out")
+        return self._loader(split, PROMPTS, asked.tolist())
+
+    def _loader(
+        self, split: str, columns: Sequence[str], among: Sequence[int] | None = None, shuffle: bool = False
+    ) -> DataLoader:
+        rows, batch_size, trainer = Rows(self.splits[split], columns, among), self.batch_size, self.trainer
         ranks = trainer.world_size if trainer else 1
 
         def step_size(epoch: int) -> int:
             return batch_size * ranks * (accumulated(trainer, epoch) if trainer and split == "train" else 1)
 
         sampler = StepSampler(
-            lengths.tolist(),
+            column(self.splits[split], "length")[rows.among].tolist(),
             batch_size,
             step_size,
             ranks,
@@ -279,10 +289,10 @@ class InstructionDataModule(LightningDataModule):
         # The Trainer says which epoch it is too late for a resumed loader, which goes through its order at once.
         sampler.set_epoch(trainer.current_epoch if trainer else 0)
         return StatefulDataLoader(
-            Rows(data, PROMPTS if collate == self.collate_prompts else self._learnt),
+            rows,
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=collate,
+            collate_fn=self.collate_prompts if columns is PROMPTS else self._collate,
             num_workers=self.num_workers,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             # Each iterator draws a seed for its workers; out of the global generator, a resumed run, which makes other
@@ -307,8 +317,9 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def pad_id(self) -> int:
+        """Token that fills up rows."""
         pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        return self.end_tokens[-1] if pad is None else pad
 
     def _collate(self, rows: list[Row]) -> dict[str, Tensor]:
         return collate(rows, self.pad_id)
