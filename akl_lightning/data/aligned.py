@@ -107,7 +107,7 @@ class Pairing:
     def _record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the teacher's template is given: of a document the block that the row is."""
         if row["messages"]:
-            return dict(row)
+            return {**row, "text": ""}
         side = Side(self.student, row["input_ids"], self.chats[0].end_tokens)
         text = side.body.replace(b"\xff", b"").decode(errors="ignore")
         return {**row, "text": text, "cut": side.end is None}
