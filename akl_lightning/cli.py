@@ -340,11 +340,21 @@ def judge_answers(args: list[str]) -> None:
     judge(config.answers_a, config.answers_b, ChatEndpoint(**{name: config[name] for name in names}), config.output)
 
 
+def tokenizers(args: list[str]) -> None:
+    """Look at what two tokenizers have in common: ``akl tokenizers``."""
+    from akl_lightning.tokenizers.figures import compare_tokenizers
+
+    parser = OneSentenceParser(prog="akl tokenizers", description="Look at what two tokenizers have in common.")
+    parser.add_function_arguments(compare_tokenizers, as_positional=True)
+    compare_tokenizers(**parser.parse_args(args).as_dict())
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cache": cache,
     "generate": generate,
     "judge": judge_answers,
     "show": show_samples,
+    "tokenizers": tokenizers,
 }
 """What ``akl`` has besides the subcommands of the Lightning CLI."""
 

@@ -35,8 +35,10 @@ from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_module
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
+from akl_lightning.teachers.aligned import Alignment, weights, with_bytes, with_own_tokenizer
 from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean, with_router_loss
+from akl_lightning.tokenizers.bytes import TokenBytes, bytes_of
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -87,6 +89,8 @@ class DistillationModule(LightningModule):
         activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
             on any number of devices.
         save_frozen: keep in checkpoints what is frozen and lies under the student's name; else they hold its digest.
+        alignment: what is done about a teacher with another tokenizer: compare ``classes`` of tokens where both stand at
+            the same byte of a text, or ``refuse`` it.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -113,6 +117,7 @@ class DistillationModule(LightningModule):
         packing: bool = False,
         activation_checkpointing: bool = False,
         save_frozen: bool = False,
+        alignment: Alignment = "classes",
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
@@ -120,7 +125,7 @@ class DistillationModule(LightningModule):
         plain = {"student": student, "teacher": teacher}
         plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
         names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing", "save_frozen")
-        self.save_hyperparameters(*plain, *names, logger=False)
+        self.save_hyperparameters(*plain, *names, "alignment", logger=False)
         if lora is not None:
             lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
             self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
@@ -128,7 +133,7 @@ class DistillationModule(LightningModule):
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
         models = {"teacher": teacher if has_own_model(teacher) else None, "student": student}
         self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
-        if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
+        if alignment == "refuse" and self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
         found_again = not save_frozen and not isinstance(student, nn.Module) and name_of(student) is not None
@@ -141,6 +146,9 @@ class DistillationModule(LightningModule):
             self.student.compile_body()
         how = trust_remote_code, teacher_precision, attn_implementation
         self.teacher = choose_teacher(teacher, self.student, *how)
+        self.alignment = alignment
+        self.tokens: TokenBytes | None = None
+        """What the data's tokens say in bytes, where that is known."""
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -167,6 +175,7 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
         check_callbacks(self.trainer)
+        self.teacher, self.tokens = with_own_tokenizer(self, stage), bytes_of(self.find_tokenizer())
         check_run(self, stage)
         self.frozen_weights.look()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -229,6 +238,8 @@ class DistillationModule(LightningModule):
         prepared = {**batch, "response": response, "layout": lay_out(batch)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
+        if self.tokens is not None:
+            prepared["bytes"] = self.tokens.lengths(response.labels)
         return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
 
     def distill(self, batch: Batch) -> CriterionOutput:
@@ -242,7 +253,9 @@ class DistillationModule(LightningModule):
         try:
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
-            output = self.compare(student, teacher, labels)
+            alpha = weights(batch, self.criterion.alpha)
+            of_tokens = self.compare(student, teacher, labels, *([] if alpha is None else [alpha]))
+            output = with_bytes(of_tokens, batch)
             if (router_loss := self.student.take_router_loss()) is not None:
                 output = with_router_loss(output, router_loss)
         finally:
@@ -252,7 +265,9 @@ class DistillationModule(LightningModule):
             self.step_mean.add(trainer.fit_loop.batch_idx, output.loss, output.statistics["cross_entropy"])
         return output
 
-    def compare(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
+    def compare(
+        self, student: Logits, teacher: Logits | None, labels: Tensor, alpha: Tensor | None = None
+    ) -> CriterionOutput:
         """What the response tokens of a batch cost; the place for a loss of one's own on hidden states.
 
         Args:
@@ -260,8 +275,9 @@ class DistillationModule(LightningModule):
                 :class:`~akl_lightning.projection.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
             teacher: likewise, without gradient, live or from a cache; None without a teacher.
             labels: ``[tokens]``, the tokens of the data.
+            alpha: ``[tokens]``, the weight of the divergence where it is not the criterion's at all of them.
         """
-        return self.criterion(student, teacher, labels)
+        return self.criterion(student, teacher, labels, alpha)
 
     @torch.no_grad()
     def distributions(self, batch: Batch, tokens: slice) -> tuple[Tensor, Tensor]:

@@ -183,6 +183,14 @@ class TokenBytes:
         return [byte for byte in range(0xF5) if byte not in alone and byte not in (0xC0, 0xC1)]
 
 
+def bytes_of(tokenizer: PreTrainedTokenizerBase | None) -> TokenBytes | None:
+    """What a tokenizer's tokens say, or None where it does not tell."""
+    try:
+        return None if tokenizer is None else TokenBytes(tokenizer, "student")
+    except UsageError:
+        return None
+
+
 def _text(piece: bytes) -> str | None:
     try:
         return piece.decode()

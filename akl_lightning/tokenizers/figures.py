@@ -1,5 +1,6 @@
 """What a pair of tokenizers makes of a text, to be known before a run: ``akl tokenizers``."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.data.chat import Chat
+from akl_lightning.data.docstrings import Docstrings
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.tokenizers.alignment import NONE, Side, align
 from akl_lightning.tokenizers.bytes import TokenBytes
 from akl_lightning.tokenizers.classes import Partition, Vocabulary, members, partition
 
-_LARGEST, _EXAMPLES = 5, 6
+_LARGEST, _EXAMPLES, _TEXTS = 5, 6, 1000
 
 
 @dataclass
@@ -65,9 +68,9 @@ def count_pair(student: Vocabulary, teacher: Vocabulary, classes: Partition, tex
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, role: str) -> Vocabulary:
-    """A tokenizer without a model: its responses end with its end-of-text token."""
+    """A tokenizer without a model, whose responses end as its own chat template has it."""
     tokens = TokenBytes(tokenizer, role)
-    return Vocabulary(tokens, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], len(tokens))
+    return Vocabulary(tokens, Chat(tokenizer).end_tokens, len(tokens))
 
 
 def compare_tokenizers(teacher: str, student: str, text: Path | None = None, trust_remote_code: bool = False) -> None:
@@ -158,4 +161,6 @@ def _said(side: Vocabulary, token: int) -> str:
 
 
 def _documentation() -> list[str]:
-    raise NotImplementedError
+    records = Docstrings().load()["train"]
+    rows = records.select(range(0, len(records), max(1, len(records) // _TEXTS)))
+    return [str(json.loads(messages)[-1]["content"]) for messages in rows["messages"]]
