@@ -111,7 +111,7 @@ class DistillationCriterion(nn.Module):
         positions = (following != self.ignore_index).nonzero().squeeze(-1)
         return positions, following[positions]
 
-    def forward(self, student: Logits, teacher: Logits | None, labels: Tensor) -> CriterionOutput:
+    def forward(self, student: Logits, teacher: Logits | None, labels: Tensor, alpha=None) -> CriterionOutput:
         """Compare at response positions.
 
         Args:
@@ -122,6 +122,21 @@ class DistillationCriterion(nn.Module):
         Raises:
             UsageError: no teacher where one is needed, or logits of whole sequences.
         """
+        if type(teacher).__name__ == "Merged":
+            from akl_lightning.kernels.classes import merge
+            z = student if isinstance(student, Tensor) else student.head(student.hidden)
+            y = teacher.logits if isinstance(teacher.logits, Tensor) else teacher.logits.head(teacher.logits.hidden)
+            c = teacher.classes
+            u, v = merge(z.float(), c.student, c.count), merge(y.float(), c.teacher, c.count)
+            ce = torch.nn.functional.cross_entropy(z.float(), labels, reduction="none")
+            part = {}
+            with torch.no_grad():
+                one = DistillationCriterion(self.divergence, alpha=1.0)
+                part = {k: v2.clone() for k, v2 in DistillationCriterion.forward(one, u.detach(), v, torch.zeros_like(labels)).statistics.items()}
+            d = self.divergence.compare(u.log_softmax(-1), v.log_softmax(-1))
+            a = self.alpha if alpha is None else alpha
+            loss = torch.where(torch.as_tensor(a) > 0, a * d, 0) + (1 - a) * ce
+            return CriterionOutput(loss.sum(), {**part, "loss": loss.detach(), "divergence": d.detach(), "cross_entropy": ce.detach()})
         if teacher is None and self.needs_teacher:
             raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
         if isinstance(teacher, TopLogProbs) and self.temperature != 1:

@@ -98,6 +98,12 @@ Logits = Tensor | Projection | TopLogProbs
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
 
 
+@dataclass
+class Merged:
+    logits: Any
+    classes: Any
+
+
 def rows_of(logits: Logits, tokens: slice) -> Logits:
     """Those of some tokens alone."""
     if isinstance(logits, Tensor):
