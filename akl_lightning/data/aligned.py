@@ -208,8 +208,9 @@ def align_splits(
 def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int) -> datasets.Dataset:
     if set(FEATURES) <= set(rows.column_names):  # of another teacher
         rows = rows.remove_columns(list(FEATURES))
+    features = datasets.Features({**rows.features, **FEATURES})
     if not len(rows):
-        return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict({name: [] for name in FEATURES})], axis=1)
+        return datasets.Dataset.from_dict({name: [] for name in features}, features)
     depends_on = [content_of(rows, _READ)[0], pairing.digest, *map(inspect.getsource, (Pairing, align, Side, TokenBytes))]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return rows.map(
@@ -219,7 +220,7 @@ def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int
         num_proc=min(num_proc, len(rows) // 1000) or None,
         cache_file_name=cache_file(key),
         new_fingerprint=key,
-        features=datasets.Features({**rows.features, **FEATURES}),
+        features=features,
         desc=f"Aligning {split}",
     )
 

@@ -21,6 +21,9 @@ class DataFacts:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """The teacher's, where it is given apart."""
 
+    pairing: Any = None
+    """How samples are aligned for a teacher with another tokenizer, :class:`akl_lightning.data.aligned.Pairing`."""
+
     max_length: int | None = None
     """Tokens of the longest sequence."""
 

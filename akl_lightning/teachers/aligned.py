@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.batch import Batch, teacher_side
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
-from akl_lightning.data.facts import data_of, facts_of_run
+from akl_lightning.data.facts import data_of, facts_of, facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.kernels.classes import Classes
 from akl_lightning.metrics import OF_STUDENT
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.packing import pack
-from akl_lightning.models.vocabulary import check_same_vocabulary
+from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.projection import Merged, rows_of
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.tokenizers.alignment import NONE
@@ -152,7 +152,14 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     own = facts.teacher_tokenizer or module.model_tokenizers["teacher"] or (inner and inner.tokenizer)
     here = facts.tokenizer or module.model_tokenizers["student"]
     if inner is None or own is None or here is None or own.get_vocab() == here.get_vocab():
+        if facts.pairing is not None:  # for a teacher before
+            data_of(module.trainer).pairing = None
         return inner
+    if getattr(inner, "top_k", None) is not None:
+        raise UsageError(
+            f"{inner.description} has the likeliest tokens of another tokenizer alone, which cannot be merged into "
+            "classes: cache hidden states."
+        )
     if module.alignment == "refuse":
         check_same_vocabulary(own, here, ("teacher", "data"))
     if stage == "predict":  # the student alone answers
@@ -184,6 +191,30 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
         "elsewhere the student has cross entropy alone"
     )
     return AlignedTeacher(inner, Classes(*classes), own, pairing, module.student.packing)
+
+
+def read_by_teacher(
+    teacher: Teacher, name: str, data: Any
+) -> tuple[PreTrainedTokenizerBase | None, dict[str, str] | None, int | None]:
+    """What a teacher that is to be cached reads of the data, which are aligned for it where it has another tokenizer.
+
+    Args:
+        teacher: the teacher.
+        name: where its tokenizer may lie.
+        data: a data module, set up, or loaders.
+
+    Returns:
+        Its tokenizer; name and digest of its template; tokens of its longest sample. Each None where it is not known.
+    """
+    facts = facts_of(data)
+    own = facts.teacher_tokenizer or tokenizer_of(name)
+    if None not in (own, facts.tokenizer) and own.get_vocab() != facts.tokenizer.get_vocab() and hasattr(data, "align"):
+        chat = data.align(own, teacher.longest).chats[1]
+        return own, {"name": chat.template, "digest": chat.digest}, None
+    template = None
+    if facts.template_digest is not None:
+        template = {"name": str(facts.template), "digest": facts.template_digest}
+    return facts.tokenizer, template, facts.max_length
 
 
 def weights(batch: Batch, alpha: float) -> Tensor | None:

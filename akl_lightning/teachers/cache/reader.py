@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.batch import Batch
+from akl_lightning.batch import Batch, teacher_side
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import CONTENT
+from akl_lightning.models.vocabulary import tokenizer_of
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.codecs import find_codec
@@ -99,6 +100,16 @@ class CachedTeacher(Teacher):
     @property
     def fingerprint(self) -> str:
         return self.manifest["teacher"]["weights"]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The one beside the teacher, where that is still the one that the cache was made with."""
+        found = tokenizer_of(self.manifest["teacher"]["name"])
+        return found if found is not None and tokenizer_digests(found) == self.manifest["tokenizer"] else None
+
+    @property
+    def longest(self) -> int | None:
+        return self.manifest["data"].get("longest")
 
     def to(self, device: torch.device) -> Self:
         if device.type != "meta" and self.head is not None:
@@ -201,10 +212,14 @@ class CachedTeacher(Teacher):
                 "model.criterion.temperature to 1, or cache hidden states."
             )
         data, facts, written = data_of(trainer), facts_of_run(trainer), self.manifest["template"]
-        if None not in (facts.template_digest, written) and written["digest"] != facts.template_digest:
+        template, digest, setting = facts.template, facts.template_digest, "template"
+        if facts.pairing is not None:
+            of_teacher = facts.pairing.chats[1]
+            template, digest, setting = of_teacher.template, of_teacher.digest, "teacher_template"
+        if None not in (digest, written) and written["digest"] != digest:
             raise UsageError(
                 f"the cache {self.path} was made with another prompt template, {written['name']!r} there and "
-                f"{facts.template!r} here: set data.template to it, or write a cache with this one."
+                f"{template!r} here: set data.{setting} to it, or write a cache with this one."
             )
         if self.top_k is not None and criterion.divergence.has_reverse_part and not self._warned:
             self._warned = True
@@ -225,7 +240,7 @@ class CachedTeacher(Teacher):
 
     def _check_samples(self, split: str, batches: Iterable[Batch], criterion: DistillationCriterion) -> None:
         total, lacking, example = 0, 0, None
-        for batch in batches:
+        for batch in map(teacher_side, batches):
             positions, _ = criterion.response_positions(batch["labels"])
             places, missing = self._find(batch, positions)
             total, lacking = total + len(places), lacking + len(missing)
