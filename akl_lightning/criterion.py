@@ -111,33 +111,27 @@ class DistillationCriterion(nn.Module):
         positions = (following != self.ignore_index).nonzero().squeeze(-1)
         return positions, following[positions]
 
-    def forward(self, student: Logits, teacher: Logits | None, labels: Tensor, alpha=None) -> CriterionOutput:
+    def forward(
+        self, student: Logits, teacher: Logits | None, labels: Tensor, alpha: Tensor | None = None
+    ) -> CriterionOutput:
         """Compare at response positions.
 
         Args:
             student: logits ``[tokens, vocab]``, or hidden states and the head that projects them.
             teacher: likewise, or None with ``alpha = 0``.
             labels: ``[tokens]``, the tokens of the data.
+            alpha: ``[tokens]``, the weight of the divergence at each token, in [0, 1], in place of the criterion's own;
+                the rest is that of cross entropy, which has it without a teacher, too. Where it is 0, whatever the
+                teacher says there counts 0.
 
         Raises:
-            UsageError: no teacher where one is needed, or logits of whole sequences.
+            UsageError: no teacher where one is needed, logits of whole sequences, or an ``alpha`` of another shape. On
+                a CPU also an ``alpha`` out of its range, or of 1 without a teacher; elsewhere, where looking would wait
+                for the device, the loss of such a token is NaN.
         """
-        if type(teacher).__name__ == "Merged":
-            from akl_lightning.kernels.classes import merge
-            z = student if isinstance(student, Tensor) else student.head(student.hidden)
-            y = teacher.logits if isinstance(teacher.logits, Tensor) else teacher.logits.head(teacher.logits.hidden)
-            c = teacher.classes
-            u, v = merge(z.float(), c.student, c.count), merge(y.float(), c.teacher, c.count)
-            ce = torch.nn.functional.cross_entropy(z.float(), labels, reduction="none")
-            part = {}
-            with torch.no_grad():
-                one = DistillationCriterion(self.divergence, alpha=1.0)
-                part = {k: v2.clone() for k, v2 in DistillationCriterion.forward(one, u.detach(), v, torch.zeros_like(labels)).statistics.items()}
-            d = self.divergence.compare(u.log_softmax(-1), v.log_softmax(-1))
-            a = self.alpha if alpha is None else alpha
-            loss = torch.where(torch.as_tensor(a) > 0, a * d, 0) + (1 - a) * ce
-            return CriterionOutput(loss.sum(), {**part, "loss": loss.detach(), "divergence": d.detach(), "cross_entropy": ce.detach()})
-        if teacher is None and self.needs_teacher:
+        if alpha is not None:
+            alpha = _checked(alpha, labels, teacher is None)
+        elif teacher is None and self.needs_teacher:
             raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
         if isinstance(teacher, TopLogProbs) and self.temperature != 1:
             raise UsageError(
@@ -154,11 +148,17 @@ class DistillationCriterion(nn.Module):
         how = Comparison(
             divergence.pair, divergence.constant, self.alpha, self.temperature, divergence.mu, divergence.head_rule
         )
-        compare = partial(self._compare, how=how)
-        return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size))
+        compare, per_token = partial(self._compare, how=how), {} if alpha is None else {"alpha": alpha}
+        return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size, **per_token))
 
     def _compare(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, how: Comparison, gradient: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor,
+        how: Comparison,
+        gradient: Tensor | None,
+        alpha: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compare a chunk; what only the student has among its outputs is padding, which it learns to avoid.
 
@@ -166,19 +166,22 @@ class DistillationCriterion(nn.Module):
         student's; where it has no weight, minus the log of the student's mass on the common ones takes its place.
         """
         if teacher is None:
-            return kernels.compare(student, teacher, labels, how, gradient)
+            return kernels.compare(student, teacher, labels, how, gradient, alpha)
         compare = kernels.compare if how.pair is not None else self._compare_by_autograd
         common = teacher.shape[1]
         if student.shape[1] == common:
-            return compare(student, teacher, labels, how, gradient)
+            return compare(student, teacher, labels, how, gradient, alpha)
         log_common = student[:, :common].logsumexp(-1)
         apart = student[:, common:].logsumexp(-1) - log_common
-        minus_log_mass, weight = torch.nn.functional.softplus(apart, threshold=80), 1 - self.alpha or 1.0
+        minus_log_mass = torch.nn.functional.softplus(apart, threshold=80)
+        weight = torch.full_like(apart, 1 - self.alpha) if alpha is None else (1 - alpha).to(apart.dtype)
+        weight = weight.masked_fill(weight == 0, 1.0)
         if gradient is not None:  # before the logits are overwritten
             of_common = student[:, :common].softmax(-1) * (-weight * apart.sigmoid())[:, None]
-            of_others = (student[:, common:] - (log_common + minus_log_mass)[:, None]).exp() * weight
+            of_others = (student[:, common:] - (log_common + minus_log_mass)[:, None]).exp()
+            of_others *= weight[:, None]
         into = None if gradient is None else gradient[:, :common]
-        part = compare(student[:, :common], teacher, labels, how, into)
+        part = compare(student[:, :common], teacher, labels, how, into, alpha)
         if gradient is not None:
             gradient[:, :common] += of_common
             gradient[:, common:] = of_others
@@ -201,7 +204,13 @@ class DistillationCriterion(nn.Module):
         return of_student, of_teacher
 
     def _compare_by_autograd(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, how: Comparison, gradient: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        how: Comparison,
+        gradient: Tensor | None = None,
+        alpha: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As the kernels do, with a divergence that gives its value alone; ``student`` is overwritten.
 
@@ -210,7 +219,8 @@ class DistillationCriterion(nn.Module):
         rows, t, parts = rows_at_a_time(student), self.temperature, []
         for start in range(0, max(1, len(student)), rows):
             block = slice(start, start + rows)
-            logits, wanted = student[block], gradient is not None and self.alpha > 0
+            logits, own_alpha = student[block], None if alpha is None else alpha[block]
+            wanted = gradient is not None and (alpha is not None or self.alpha > 0)
             log_q, log_p = F.log_probs(logits, t), F.log_probs(teacher[block], t).to(logits.dtype)
             slope = None
             if wanted:
@@ -222,9 +232,30 @@ class DistillationCriterion(nn.Module):
                 value = self.divergence.compare(log_q, log_p)
             own = t**2 * value.detach()
             into = None if gradient is None else logits
-            part = kernels.compare(logits, teacher[block], labels[block], how, into)
-            parts.append({**part, "loss": F.weighted(self.alpha, own) + part["loss"], "divergence": own})
+            part = kernels.compare(logits, teacher[block], labels[block], how, into, own_alpha)
+            weight = self.alpha if own_alpha is None else own_alpha.to(logits.dtype)
+            parts.append({**part, "loss": F.weighted(weight, own) + part["loss"], "divergence": own})
+            # By the chain rule, t² times the divergence of logits / t has t times the gradient.
+            if slope is not None and own_alpha is not None:
+                scale = (own_alpha * t).to(logits.dtype)[:, None]
+                logits.addcmul_(slope.masked_fill_(scale == 0, 0.0), scale)
+            elif slope is not None:
+                logits.add_(slope, alpha=self.alpha * t)
             if gradient is not None:
-                # By the chain rule, t² times the divergence of logits / t has t times the gradient.
-                gradient[block].copy_(logits if slope is None else logits.add_(slope, alpha=self.alpha * t))
+                gradient[block].copy_(logits)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _checked(alpha: Tensor, labels: Tensor, alone: bool) -> Tensor:
+    """Weights that are none are refused, on a CPU; elsewhere they are NaN, whom nobody needs to wait for."""
+    if alpha.shape != labels.shape or not alpha.is_floating_point():
+        raise UsageError(
+            f"alpha {list(alpha.shape)} of {alpha.dtype} with labels {list(labels.shape)}: give one float a token."
+        )
+    wrong = ~((alpha >= 0) & (alpha < 1 if alone else alpha <= 1))
+    if alpha.device.type != "cpu":
+        return alpha.masked_fill(wrong, torch.nan)
+    if wrong.any():
+        value, without = alpha[wrong][0].item(), ", and below 1 without a teacher" if alone else ""
+        raise UsageError(f"alpha must lie in [0, 1]{without}, got {value} at one of the tokens.")
+    return alpha

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from akl_lightning import functional as F
-from akl_lightning import projection
+from akl_lightning import projection, sides
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.divergences import (
     AdaptiveKL,
@@ -429,13 +429,13 @@ def test_no_tensor_of_all_logits_exists(name: str) -> None:
 
 def test_the_default_chunk_is_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    real = projection._LinearHead.prepare
+    real = sides.LinearHead.prepare
 
     def prepare(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
         sizes.append(self.logits.nbytes)
 
-    monkeypatch.setattr(projection._LinearHead, "prepare", prepare)
+    monkeypatch.setattr(sides.LinearHead, "prepare", prepare)
     case = Case(tokens=8000, vocab=2500)
     case.run(DistillationCriterion())
     assert sizes and all(2**25 < size <= 2**26 for size in sizes)
@@ -569,7 +569,7 @@ def test_padded_heads_give_what_plain_ones_give(
     criterion = DistillationCriterion(chunk_size=8)
     plain = case.run(criterion, soft_cap=soft_cap)
     expected = [gradient.clone() for gradient in case.gradients]
-    monkeypatch.setattr(projection, "columns_for", round_up)
+    monkeypatch.setattr(sides, "columns_for", round_up)
     output = case.run(criterion, soft_cap=soft_cap)
     for name, values in plain.statistics.items():
         assert torch.allclose(output.statistics[name], values, rtol=1e-5, atol=1e-6), name
@@ -588,16 +588,16 @@ def test_heads_are_copied_only_where_their_size_or_precision_asks_for_it() -> No
     assert wider.shape == (192, 4) and torch.equal(wider[:128], weight) and not wider[128:].any()
     assert [columns_for(vocab, torch.device("cuda")) for vocab in (1, 64, 50257)] == [64, 64, 50304]
     assert columns_for(50257, torch.device("cpu")) == 50257
-    side = projection._LinearHead(Projection(torch.randn(3, 4), head(weight, None, torch.float32)), nn.Linear(4, 128))
+    side = sides.LinearHead(Projection(torch.randn(3, 4), head(weight, None, torch.float32)), nn.Linear(4, 128))
     side.prepare(3, 128, torch.float32)
     assert side.weight.data_ptr() == side.inputs[1].data_ptr()
 
 
 def test_chunks_that_suit_a_gpu() -> None:
-    for vocab, sides, most in ((50257, 2, 2048), (151936, 2, 2048), (262144, 2, 1300), (262144, 1, 2048)):
-        rows = projection._rows(vocab, torch.float32, torch.device("cuda"), sides)
+    for vocab, count, most in ((50257, 2, 2048), (151936, 2, 2048), (262144, 2, 1300), (262144, 1, 2048)):
+        rows = projection._rows(vocab, torch.float32, torch.device("cuda"), count)
         assert most / 1.1 <= rows <= most, (vocab, rows)
-        assert rows * vocab * (4 * sides + 2) <= 3.3e9
+        assert rows * vocab * (4 * count + 2) <= 3.3e9
 
 
 def test_nothing_in_the_walk_waits_for_the_device() -> None:

@@ -11,14 +11,19 @@ from akl_lightning.kernels.pairs import Comparison
 
 
 def compare(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, how: Comparison, gradient: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    how: Comparison,
+    gradient: Tensor | None = None,
+    alpha: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare student and teacher at every row; see :func:`akl_lightning.kernels.reference.compare`."""
     if student.is_cuda:
         if triton.supports(student, teacher):
-            return triton.compare(student, teacher, labels, how, gradient)
+            return triton.compare(student, teacher, labels, how, gradient, alpha=alpha)
         _say_that_it_is_slow(str(student.dtype), student.shape[-1])
-    return reference.compare(student, teacher, labels, how, gradient)
+    return reference.compare(student, teacher, labels, how, gradient, alpha)
 
 
 @cache

@@ -35,7 +35,12 @@ def rows_at_a_time(logits: Tensor) -> int:
 
 @torch.no_grad()
 def compare(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, how: Comparison, gradient: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    how: Comparison,
+    gradient: Tensor | None = None,
+    alpha: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare student and teacher at every row.
 
@@ -46,6 +51,8 @@ def compare(
         how: what is compared.
         gradient: gets the gradient of the summed loss with respect to the student's logits, ``[rows, vocab]`` in any
             float dtype; may be ``student``. None where none is wanted.
+        alpha: ``[rows]``, the weight of the divergence at each row in place of that of ``how``; without a teacher, too,
+            cross entropy has the rest.
 
     Returns:
         Statistics ``[rows]`` by name: ``loss``, ``divergence``, ``cross_entropy``, ``fkl``, ``rkl``, ``head_gap``,
@@ -59,18 +66,24 @@ def compare(
     for start in range(0, max(1, count), rows):
         block = slice(start, min(start + rows, count))
         into = None if gradient is None else gradient[block]
+        own = how.alpha if alpha is None else alpha[block]
         if teacher is None:
-            parts.append((_cross_entropy(student[block], labels[block], into),))
+            parts.append((_cross_entropy(student[block], labels[block], 0.0 if alpha is None else own, into),))
         else:
-            memory = scratch[:, : block.stop - start]
-            parts.append(_compare(student[block], teacher[block].to(student.dtype), labels[block], how, into, memory))
+            memory, others = scratch[:, : block.stop - start], teacher[block].to(student.dtype)
+            parts.append(_compare(student[block], others, labels[block], how, own, into, memory))
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    of_divergence, of_labels = _weights(how.alpha if alpha is None else alpha, student.dtype)
     if teacher is None:
-        return {"loss": columns[0], "cross_entropy": columns[0]}
+        (cross_entropy,) = columns
+        return {
+            "loss": cross_entropy if alpha is None else F.weighted(of_labels, cross_entropy),
+            "cross_entropy": cross_entropy,
+        }
     divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement = columns
     return {
         # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
-        "loss": F.weighted(how.alpha, divergence) + F.weighted(1 - how.alpha, cross_entropy),
+        "loss": F.weighted(of_divergence, divergence) + F.weighted(of_labels, cross_entropy),
         "divergence": divergence,
         "cross_entropy": cross_entropy,
         "fkl": fkl,
@@ -82,22 +95,38 @@ def compare(
     }
 
 
-def _cross_entropy(student: Tensor, labels: Tensor, gradient: Tensor | None) -> Tensor:
+def _weights(alpha: Tensor | float, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor | float, Tensor | float]:
+    """Those of the divergence, times ``scale``, and of cross entropy; rounded last, as numbers are."""
+    if not isinstance(alpha, Tensor):
+        return alpha * scale, 1 - alpha
+    return (alpha * scale).to(dtype), (1 - alpha).to(dtype)
+
+
+def _cross_entropy(student: Tensor, labels: Tensor, alpha: Tensor | float, gradient: Tensor | None) -> Tensor:
     at_label = _at_label(student, labels)
     largest = student.amax(-1, keepdim=True)
     probs = student.sub_(largest).exp_()
     total = probs.sum(-1, keepdim=True)
     if gradient is not None:
         into = torch.div(probs, total, out=_writable(gradient, probs))
-        _finish(into, labels, 1.0, gradient)
+        weight = _per_row(_weights(alpha, student.dtype)[1])
+        if isinstance(weight, Tensor):
+            into.mul_(weight)
+        _finish(into, labels, weight, gradient)
     return (largest.squeeze(-1) - at_label) + total.squeeze(-1).log()
 
 
 def _compare(
-    student: Tensor, teacher: Tensor, labels: Tensor, how: Comparison, gradient: Tensor | None, scratch: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    how: Comparison,
+    alpha: Tensor | float,
+    gradient: Tensor | None,
+    scratch: Tensor,
 ) -> tuple[Tensor, ...]:
     """Divergence, cross entropy, FKL, RKL, head gap, tail gap and agreement of a few rows."""
-    t, weight = how.temperature, 1 - how.alpha
+    t = how.temperature
     p, q, product = scratch[:3]
     at_label = _at_label(student, labels)
     # Only where there are masks, or worse, is their arithmetic paid for.
@@ -135,7 +164,10 @@ def _compare(
     a, b = pairs.weights(how, head_gap, tail_gap)
     slope: Tensor | None = None
     # So near its teacher a student gets a gradient whose digits are worth more passes; cross entropy's would hide them.
-    near = how.alpha == 1 and bool(fkl.sum() < _NEAR * len(fkl))
+    if isinstance(alpha, Tensor):
+        near = bool(fkl[alpha == 1].sum() < _NEAR * (alpha == 1).sum())
+    else:
+        near = alpha == 1 and bool(fkl.sum() < _NEAR * len(fkl))
     if how.pair is None:
         divergence = torch.zeros_like(fkl)
     elif how.pair in MIXES and regular and not near:
@@ -147,19 +179,21 @@ def _compare(
     if gradient is not None:
         into = _writable(gradient, ratio)
         # By the chain rule, t² times the divergence of logits / t has t times the gradient.
-        scale = how.alpha * t
-        if how.pair is None or scale == 0:
+        scale, weight = (_per_row(x) for x in _weights(alpha, student.dtype, t))
+        if how.pair is None or (not isinstance(alpha, Tensor) and alpha == 0):
             torch.mul(unsoftened, weight, out=into)
         elif slope is not None:
             slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1).mul_(scale)
-            torch.add(slope, unsoftened, alpha=weight, out=into)
+            _add(slope, unsoftened, weight, into)
         else:
             # FKL's gradient is q - p, RKL's is q * (-ratio - RKL).
             of_fkl, of_rkl = scale * _per_row(a), scale * _per_row(b)
             ratio.mul_(-of_rkl).add_(of_fkl - of_rkl * rkl[:, None] + (weight if t == 1 else 0)).mul_(q)
             torch.addcmul(ratio, p, of_fkl, value=-1, out=into)  # type: ignore[arg-type]  # weights of mixes are tensors
             if t != 1:
-                into.add_(unsoftened, alpha=weight)
+                _add(into, unsoftened, weight, into)
+        if isinstance(alpha, Tensor) and (off := alpha == 0).any():  # zero times anything is 0
+            into[off] = unsoftened[off]
         _finish(into, labels, weight, gradient)
     return divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement
 
@@ -187,7 +221,15 @@ def _writable(gradient: Tensor, scratch: Tensor) -> Tensor:
     return gradient if gradient.dtype == scratch.dtype else scratch
 
 
-def _finish(result: Tensor, labels: Tensor, weight: float, gradient: Tensor) -> None:
+def _add(a: Tensor, b: Tensor, weight: Tensor | float, out: Tensor) -> None:
+    """``out = a + weight * b``."""
+    if isinstance(weight, Tensor):
+        torch.addcmul(a, b, weight, out=out)
+    else:
+        torch.add(a, b, alpha=weight, out=out)
+
+
+def _finish(result: Tensor, labels: Tensor, weight: Tensor | float, gradient: Tensor) -> None:
     """Take the weight of cross entropy off at the label, the rest of its gradient, and hand the result over."""
     result.scatter_(-1, labels[:, None], result.gather(-1, labels[:, None]) - weight)
     if result is not gradient:

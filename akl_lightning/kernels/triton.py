@@ -59,6 +59,7 @@ def compare(
     how: Comparison,
     gradient: Tensor | None = None,
     launch: Launch | None = None,
+    alpha: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare student and teacher row by row.
 
@@ -69,11 +70,13 @@ def compare(
         how: the divergence and its settings.
         gradient: gets the gradient of the summed loss, ``[rows, vocab]``; it may be ``student``.
         launch: how the work is laid out; chosen by the vocabulary where it is None.
+        alpha: ``[rows]``, the weight of the divergence at each row in place of that of ``how``.
 
     Returns:
         ``[rows]`` in float32 for each name of :data:`akl_lightning.criterion.STATISTICS`.
     """
     rows, vocab = student.shape
+    alpha = None if alpha is None else alpha.contiguous()
     out = torch.empty(len(STATISTICS) if teacher is not None else 2, rows, device=student.device)
     names = STATISTICS if teacher is not None else ("loss", "cross_entropy")
     if rows:
@@ -83,14 +86,14 @@ def compare(
         options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if teacher is None:
             _cross_entropy[(rows,)](
-                student, into, labels, out, vocab, rows, student.stride(0), into.stride(0),
+                student, into, labels, out, alpha, vocab, rows, student.stride(0), into.stride(0),
                 GRADIENT=gradient is not None, BLOCK=block, **options,
             )  # fmt: skip
         else:
             # Sums are kept for each four neighbours where these are in one thread: in aligned rows, read four at once.
             aligned = all(x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in (student, teacher, into))
             _compare[(rows,)](
-                student, teacher, into, labels, out, vocab, rows,
+                student, teacher, into, labels, out, alpha, vocab, rows,
                 student.stride(0), teacher.stride(0), into.stride(0),
                 how.alpha, how.temperature, _goal(how), int(how.head_rule == "within"), a, b, adaptive,
                 PAIR=divergence, SOFTENED=how.temperature != 1, GRADIENT=gradient is not None, BLOCK=block,
@@ -128,7 +131,7 @@ def _divergence(how: Comparison) -> tuple[Any, float, float, int]:
 
 @jit(do_not_specialize=["vocab", "rows", "within", "adaptive"])
 def _compare(
-    S, T, G, LABELS, OUT, vocab, rows, s_stride, t_stride, g_stride,
+    S, T, G, LABELS, OUT, ALPHA, vocab, rows, s_stride, t_stride, g_stride,
     alpha, temperature, goal, within, a, b, adaptive,
     PAIR: tl.constexpr, SOFTENED: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, SUMS: tl.constexpr,
@@ -226,6 +229,8 @@ def _compare(
         slope = tl.sum(slopes, 0)
     divergence *= temperature * temperature
     agrees = tl.where(tl.max(best, 0) == s_max, 1.0, 0.0)
+    if ALPHA is not None:
+        alpha = tl.load(ALPHA + row).to(tl.float32)
     tl.store(
         OUT, tl.where(alpha == 0, 0.0, alpha * divergence) + tl.where(alpha == 1, 0.0, (1 - alpha) * cross_entropy)
     )
@@ -268,7 +273,7 @@ def _compare(
 
 @jit(do_not_specialize=["vocab", "rows"])
 def _cross_entropy(
-    S, G, LABELS, OUT, vocab, rows, s_stride, g_stride,
+    S, G, LABELS, OUT, ALPHA, vocab, rows, s_stride, g_stride,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Supervised fine-tuning: no teacher, two walks."""
@@ -299,13 +304,18 @@ def _cross_entropy(
             total = tl.zeros([BLOCK], tl.float32)
     mass = tl.sum(total, 0)
     cross_entropy = ref - of_label + tl.log(mass)
-    tl.store(OUT + row, cross_entropy)
+    weight = 1.0
+    loss = cross_entropy
+    if ALPHA is not None:
+        weight = 1 - tl.load(ALPHA + row).to(tl.float32)
+        loss = tl.where(weight == 0, 0.0, weight * cross_entropy)
+    tl.store(OUT + row, loss)
     tl.store(OUT + rows + row, cross_entropy)
     if GRADIENT:
         G += row * g_stride
-        per = 1 / mass
+        per = weight / mass
         for start in range(0, vocab, BLOCK):
             at = start + lane
             s = load(S, at, vocab, True, "evict_first")
-            g = tl.exp2((s - ref) * 1.4426950408889634) * per - tl.where(at == label, 1.0, 0.0)
+            g = tl.exp2((s - ref) * 1.4426950408889634) * per - tl.where(at == label, weight, 0.0)
             tl.store(G + at, g.to(G.dtype.element_ty), mask=at < vocab)

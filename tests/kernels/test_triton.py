@@ -378,6 +378,26 @@ def test_a_weight_of_zero_switches_its_part_off(device: str) -> None:
 
 
 @on_each_device
+@pytest.mark.parametrize("name", ["adaptive_kl", "jensen_shannon"])
+def test_a_weight_of_its_own_for_each_row(name: str, device: str) -> None:
+    s, t, y = batch("near apart peaked" if INTERPRETED else "near apart", device)
+    alphas = torch.tensor([0.3, 0.0, 1.0] * len(s), device=device)[: len(s)]
+    into, how = empty(s), Comparison(name, PAIRS[name], 0.6)
+    ours = kernel.compare(s, t, y, how, into, launch(device), alphas)
+    for alpha in (0.3, 0.0, 1.0):
+        same, alone = alphas == torch.tensor(alpha, device=device), empty(s)
+        right = kernel.compare(s, t, y, how._replace(alpha=alpha), alone, launch(device))
+        assert all(torch.equal(ours[name][same], values[same]) for name, values in right.items())
+        assert torch.equal(into[same], alone[same])
+    ours = kernel.compare(s, None, y, how, into, launch(device), alphas)
+    x = s.double().requires_grad_()
+    right = torch.nn.functional.cross_entropy(x, y, reduction="none") * (1 - alphas.double())
+    right.sum().backward()
+    close(ours["loss"], right.detach())
+    assert ((into - x.grad).norm(dim=-1) <= 1e-5 * x.grad.norm(dim=-1)).all()
+
+
+@on_each_device
 def test_no_rows(device: str) -> None:
     none = torch.empty(0, 100, device=device)
     ours = kernel.compare(none, none, none[:, 0].long(), Comparison("adaptive_kl"), none)

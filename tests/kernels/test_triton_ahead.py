@@ -23,6 +23,7 @@ IN_ROWS = ("S", "T", "G", "s_stride", "t_stride", "g_stride")
 def registers_and_stack(
     folder: Path, architecture: int, pair: str | None = None, vocab: int = 151_936, softened: bool = False,
     gradient: str | None = "bf16", logits: str = "fp32", teacher: bool = True, aligned: bool = True,
+    per_row: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """Registers a thread and bytes of stack, where spilled registers go."""
     from triton.backends.compiler import GPUTarget
@@ -32,10 +33,10 @@ def registers_and_stack(
     block, warps = kernel._launch(vocab)
     constants: dict[str, Any] = {
         "PAIR": kernel.PAIRS.get(pair), "SOFTENED": softened, "GRADIENT": gradient is not None, "BLOCK": block,
-        "SUMS": block // 4 if aligned else block,
+        "SUMS": block // 4 if aligned else block, **({} if per_row else {"ALPHA": None}),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32"}
+    pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32", "ALPHA": "fp32"}
     signature = {
         name: "constexpr" if name in constants
         else f"*{pointers[name]}" if name in pointers
@@ -66,6 +67,9 @@ VARIANTS = [
     {"architecture": 90, "vocab": 2000, "gradient": "fp32"},
     {"architecture": 90, "pair": "jensen_shannon", "softened": True, "aligned": False},
     {"architecture": 90, "teacher": False},
+    *({"architecture": architecture, "per_row": True} for architecture in (80, 90, 100)),
+    {"architecture": 90, "pair": "total_variation", "softened": True, "per_row": True},
+    {"architecture": 90, "teacher": False, "per_row": True},
 ]
 
 
