@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,11 +97,11 @@ def prepare(gguf: str, folder: str, samples: int) -> None:
     """Student and pairs, as files that every process reads."""
     teacher = load_causal_lm(gguf)
     prune_layers(teacher, range(0, teacher.config.num_hidden_layers, 2)).save_pretrained(f"{folder}/student")
-    pairs = Docstrings().load()["train"]
+    records = Docstrings().load()["train"]
     # Spread over the library, not the first modules of the alphabet.
-    step = len(pairs) // (samples + HELD_OUT)
-    chosen = pairs[::step][: samples + HELD_OUT]
-    Path(f"{folder}/pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in chosen))
+    step = len(records) // (samples + HELD_OUT)
+    conversations = records["messages"][::step][: samples + HELD_OUT]
+    Path(f"{folder}/pairs.jsonl").write_text("".join(f'{{"messages": {messages}}}\n' for messages in conversations))
 
 
 def data_of(gguf: str, folder: str) -> InstructionDataModule:

@@ -19,7 +19,7 @@ import platform
 import random
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -38,8 +38,8 @@ from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.checkpoint import atomic_file, newest_checkpoint
 from akl_lightning.cli import DistillationCLI, run_command
 from akl_lightning.criterion import DistillationCriterion
-from akl_lightning.data.module import split_pairs
-from akl_lightning.data.sources import JsonLines, Pair
+from akl_lightning.data.sources import JsonLines
+from akl_lightning.data.splits import split_records
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import read_answers
 from akl_lightning.evaluation.decoding import Decoding
@@ -161,11 +161,12 @@ def prepare(
         return cached
     if not (folder / "complete").exists():
         data = Case(arguments).datamodule
-        splits = split_pairs(data.source.load(), data.validation_size, data.test_size)
+        splits = split_records(data.source.load(), data.validation_size, data.test_size)
         if train_size is not None:
-            splits["train"] = random.Random(0).sample(splits["train"], min(train_size, len(splits["train"])))
-        for split, pairs in splits.items():
-            write_pairs(folder / f"{split}.jsonl", pairs)
+            count = len(splits["train"])
+            splits["train"] = splits["train"].select(random.Random(0).sample(range(count), min(train_size, count)))
+        for split, records in splits.items():
+            write_lines(folder / f"{split}.jsonl", map(line_of, records))
     data = Case(prepared).datamodule
     cache = CacheWriter(teacher, str(output / "teacher/cache"), codec="bfloat16")
     write_cache(cache, data, Trainer(**QUIET))
@@ -174,11 +175,11 @@ def prepare(
         data.predict_split = "train"
         greedy = AnswerWriter(teacher, output / "teacher/train.jsonl", Decoding(decoding.max_new_tokens))
         Trainer(**QUIET).predict(greedy, data, return_predictions=False)
-        records = read_answers(greedy.path)
-        pairs = [
-            Pair(record["instruction"], record["answer"], record["input"], cut=record["cut"]) for record in records
-        ]
-        write_pairs(folder / ".seqkd.jsonl", pairs)
+        pairs = (
+            {name: answer[name] for name in ("instruction", "input", "cut")} | {"output": answer["answer"]}
+            for answer in read_answers(greedy.path)
+        )
+        write_lines(folder / ".seqkd.jsonl", pairs)
         data.source, data.splits = JsonLines(str(folder / ".seqkd.jsonl")), {}
         data.validation_size = data.test_size = 0
         write_cache(CacheWriter(teacher, str(output / "teacher/cache"), codec="bfloat16"), data, Trainer(**QUIET))
@@ -186,15 +187,24 @@ def prepare(
     return cached
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+def line_of(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a line that is read as the same record."""
+    if record["text"]:
+        return {"text": record["text"]}
+    messages = json.loads(record["messages"])
+    answered = messages[-1]["role"] == "assistant"
+    line = (
+        {"prompt": messages[:-1], "completion": record["references"] or messages[-1:]}
+        if answered
+        else {"prompt": messages}
+    )
+    return line | ({"tools": json.loads(record["tools"])} if record["tools"] else {}) | {"cut": record["cut"]}
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"instruction": pair.instruction, "input": pair.input, "output": list(pair.references) or pair.output}
-        | ({"cut": True} if pair.cut else {})
-        for pair in pairs
-    ]
-    with atomic_file(path) as file:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with atomic_file(path) as file, file.open("w") as written:
+        written.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 # --------------------------------------------------------------------------------------------------------------------

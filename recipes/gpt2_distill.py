@@ -16,11 +16,11 @@ import akl_lightning.interrupts  # first, so that a Ctrl-C during the other impo
 import hashlib
 import json
 import platform
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from filelock import FileLock
 from lightning.pytorch import Trainer, seed_everything
@@ -35,8 +35,9 @@ from akl_lightning.callbacks import DistillationProgressBar
 from akl_lightning.checkpoint import atomic_folder, check_writable
 from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
-from akl_lightning.data.module import InstructionDataModule, split_pairs
-from akl_lightning.data.sources import Pair
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.records import content_digest
+from akl_lightning.data.splits import split_records
 from akl_lightning.models.load import load_causal_lm
 from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
@@ -100,13 +101,13 @@ def prepare_teacher(
         A folder with model and tokenizer.
     """
     check_writable(Path(cache_dir).expanduser())
-    console.print("[bold]Corpus: reading the pairs")
+    console.print("[bold]Corpus: reading the records")
     source = instantiate_class((), {"init_args": {}, **data.source.as_dict()})
-    pairs = split_pairs(source.load(), data.validation_size, data.test_size)
-    console.print("  " + ", ".join(f"{split}: {len(members):,}" for split, members in pairs.items()) + " pairs")
+    records = split_records(source.load(), data.validation_size, data.test_size)
+    console.print("  " + ", ".join(f"{split}: {len(members):,}" for split, members in records.items()) + " records")
     code = [Path(__file__), *sorted(Path(akl_lightning.__file__).parent.rglob("*.py"))]
     depends_on = {
-        "pairs": digest(json.dumps([asdict(pair) for pair in pairs["train"] + pairs["validation"]])),
+        "records": content_digest(records["train"], records["validation"]),
         "code": digest(*(path.read_text() for path in code)),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "lightning")},
         "machine": f"{platform.machine()}, {'cuda' if torch.cuda.is_available() else 'cpu'}",
@@ -125,7 +126,7 @@ def prepare_teacher(
         # Isolated, so that the student's weights are the same whether the teacher was trained or found.
         with atomic_folder(folder) as unfinished, isolate_rng():
             console.print("[bold]Tokenizer: training a byte-level BPE")
-            tokenizer = train_tokenizer(pairs["train"], vocab_size)
+            tokenizer = train_tokenizer(records["train"], vocab_size)
             SplitModel(load_causal_lm(student)).check_fits("student", tokenizer, data.max_length)
             console.print("[bold]Teacher: training, once; later runs find it in the cache")
             seed_everything(seed, verbose=False)
@@ -155,13 +156,22 @@ def prepare_teacher(
     return folder
 
 
-def train_tokenizer(pairs: list[Pair], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(records: datasets.Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
-    texts = (f"{pair.instruction}\n{pair.input}\n{pair.output}" for pair in pairs)
-    bpe.train_from_iterator(texts, vocab_size, special_tokens=[END_OF_TEXT], length=len(pairs))
+    bpe.train_from_iterator(map(all_texts, records), vocab_size, special_tokens=[END_OF_TEXT], length=len(records))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+
+
+def all_texts(record: dict[str, Any]) -> str:
+    """A document, or what is said in a conversation."""
+    said = []
+    for message in json.loads(record["messages"] or "[]"):
+        said.append(str(message["content"] or ""))
+        if message["role"] == "user":
+            said.append(message.get("input", ""))
+    return record["text"] or "\n".join(said)
 
 
 def digest(*texts: str) -> str:

@@ -128,7 +128,7 @@ def test_data_that_are_there(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="it is a file; give the folder that it lies in, and its name as"):
             HubDataset(str(tmp_path / "one" / name)).load()
         (pair,) = HubDataset(str(tmp_path / "one"), data_files=name).load()["train"]
-        assert pair.instruction == "a"
+        assert pair["messages"] == '[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]'
 
 
 # --------------------------------------------------------------------------------------------------------------------

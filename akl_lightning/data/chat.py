@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,6 +223,10 @@ class Chat:
         rendering = self._rendering
         whole = rendering.text(messages, tools)
         prompt = rendering.text(messages[:-1], tools, prompt=True) if messages[1:] else None
+        for message in messages[:-1]:
+            said = content_text(message).strip()
+            if message["role"] != "assistant" and prompt is not None and said in prompt and said not in whole:
+                raise SampleError(f"the chat template leaves out what the {message['role']} says once it is answered.")
         turns = self._turns.find(whole, messages, tools, prompt)
         last = turns[-1]
         if prompt is None:
@@ -234,7 +237,8 @@ class Chat:
         spans, numbers = [], []
         left_out = [(turn.start, turn.end) for turn, learn in zip(turns, learnt, strict=True) if not learn]
         for number, turn in enumerate(turns):
-            own = [(start, min(end, stop)) for start, end in turn.marked or ((turn.start, turn.end),)]
+            marked = ((turn.start, turn.end),) if turn.marked is None else turn.marked
+            own = [(start, min(end, stop)) for start, end in marked]
             spans += own if learnt[number] else []
             numbers += [number] * len(own) if learnt[number] else []
         goes_on = prompt == whole[: last.start]

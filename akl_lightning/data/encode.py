@@ -88,7 +88,7 @@ def tokenize(
         # A process wants a batch of its own.
         num_proc=min(num_proc, len(records) // 1000) or None,
         cache_file_name=None if described is None else cache_file(key),
-        new_fingerprint=key,
+        new_fingerprint=key[:32],
         features=ROW_FEATURES,
         remove_columns=records.column_names,
         desc=f"Tokenizing {split}",
@@ -202,7 +202,7 @@ def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
     refused = [note for note in found if note not in ("", "block", "nothing")]
     if refused:
         count = sum(found[note][0] for note in refused)
-        rank_zero_info(f"{split}: {count:,} of {samples:,} samples dropped, {refused[0]}")
+        rank_zero_info(f"{split}: {count:,} of {samples:,} samples dropped, the first for {refused[0]}")
     for name, sentence in _FLAGS.items():
         if count := pc.sum(table[name]).as_py():
             rank_zero_info(f"{split}: {count:,} of {len(table):,} samples {sentence}")
@@ -244,4 +244,8 @@ def _none_left(split: str, rows: datasets.Dataset, lengths: Lengths) -> str:
     if len(prompts) or (notes == "drop").any():
         return f"{said} of {len(rows)}: raise {lengths.bound}, the shortest has {whole[whole > 0].min()} tokens."
     reason = next((note for note in notes if note not in _SAID), "")
-    return f"{said} of {len(rows)}: {reason}" if reason != "nothing" else f"{said} of {len(rows)}: nothing is to be learnt."
+    return (
+        f"{said} of {len(rows)}: {reason}"
+        if reason != "nothing"
+        else f"{said} of {len(rows)}: nothing is to be learnt."
+    )

@@ -24,6 +24,9 @@ class DataFacts:
     pairing: Any = None
     """How samples are aligned for a teacher with another tokenizer, :class:`akl_lightning.data.aligned.Pairing`."""
 
+    end_tokens: Sequence[int] | None = None
+    """Tokens with which a turn of the assistant ends, by the template."""
+
     max_length: int | None = None
     """Tokens of the longest sequence."""
 
@@ -38,9 +41,6 @@ class DataFacts:
 
     template_digest: str | None = None
     """What tells it from others."""
-
-    end_tokens: Sequence[int] | None = None
-    """With which of them a response ends."""
 
     source: Any = None
     """Where the samples come from, with a ``description``."""

@@ -126,7 +126,9 @@ class _Record:
     def form(self) -> str:
         names, given = self.names, self.given
         pair = names["instruction"] in given and names["output"] in given
-        if pair and self.forms._pair_is_named:
+        # As akl generate writes a conversation: it is its own instruction.
+        answered = names["messages"] in given and names["instruction"] == "instruction"
+        if pair and self.forms._pair_is_named and not answered:
             form, used = "instruction", [names["instruction"], names["output"]]
         elif names["messages"] in given:
             form, used = "messages", [names["messages"]]
@@ -177,13 +179,15 @@ class _Record:
             field = names["messages"] if form == "messages" else form
             messages = self.messages(field, given[field])
             is_prompt = bool(messages) and messages[-1]["role"] != "assistant"
-            if is_prompt and "chosen" in given:
-                chosen, references = self.responses("chosen")
-                messages += chosen
+            reply = next((name for name in ("chosen", names["output"]) if is_prompt and name in given), None)
+            if reply is not None:
+                response, references = self.responses(reply)
+                messages += response
+                wants_response = not response
             elif is_prompt:
                 self.expect_no_reply(field, [field])
             for name in self.forms._mains:
-                if name in given and name != field and not (is_prompt and name == "chosen"):
+                if name in given and name not in (field, reply) and not (reply and name == names["instruction"]):
                     self.left(name, field)
         else:
             messages = self.prompt(form)

@@ -27,7 +27,7 @@ def for_template(message: Message, rendering: Rendering, knows_input: bool) -> M
     Raises:
         SampleError: it holds what the template cannot write.
     """
-    message = {key: value for key, value in message.items() if value is not None and key != "learn"}
+    message = {key: value for key, value in message.items() if value not in (None, []) and key != "learn"}
     content = message.get("content")
     if isinstance(content, list):
         others = [part.get("type") for part in content if "text" not in part]

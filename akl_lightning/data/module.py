@@ -264,7 +264,9 @@ class InstructionDataModule(LightningDataModule):
         if not len(asked):
             raise UsageError(f"{type(self.source).__name__} gives no {split} prompts to answer: give data.source some.")
         if left := len(self.splits[split]) - len(asked):
-            rank_zero_info(f"{split}: {left:,} of {left + len(asked):,} samples have no prompt to answer and are left out")
+            rank_zero_info(
+                f"{split}: {left:,} of {left + len(asked):,} samples have no prompt to answer and are left out"
+            )
         return self._loader(split, PROMPTS, asked.tolist())
 
     def _loader(

@@ -60,6 +60,9 @@ class Rendering:
     writes_date: bool
     """Whether it writes today's date."""
 
+    assistant_head: str
+    """What stands before what the assistant says, in an earlier turn."""
+
     system: str
     """What the template writes before the first question by itself."""
 
@@ -172,8 +175,10 @@ class Rendering:
         try:
             two = self.text([user, assistant, user, assistant])
             between = two.split(ASSISTANT)[1].split(USER)[0]
+            asked = self.text([user])
+            self.assistant_head = two[len(asked) :].split(ASSISTANT)[0] if two.startswith(asked) else ""
         except (SampleError, IndexError):  # for one question only
-            between = ""
+            between = self.assistant_head = ""
         tail = whole.rpartition(ASSISTANT)[2]
         ends = dict.fromkeys(end for end in (self._end(tail), self._end(between), self._end_of_call(user)) if end)
         self.ends = tuple(ends)

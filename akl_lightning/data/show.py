@@ -25,6 +25,11 @@ def show_samples(args: list[str]) -> None:
     config = parser.parse_args(args)
     if config.samples < 1:
         raise UsageError(f"samples must be 1 or more, got {config.samples}.")
-    data: InstructionDataModule = parser.instantiate_classes(config).data
+    data: InstructionDataModule = parser.instantiate(config).data
     data.setup("show")
+    if not len(data.splits[config.split]):
+        raise UsageError(
+            f"{type(data.source).__name__} gives no {config.split} samples to show: give another split, or a source with "
+            "one."
+        )
     show(data, config.split, config.samples, config.tokens)

@@ -259,13 +259,19 @@ class HubDataset(Source):
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             if path.is_dir():
                 said = first_line(error.__cause__ or error)
-                reason = f"{said}; give a folder of files of the same columns, or one of them as data_files"
+                reason = (
+                    f"{said}; give a folder of files of the same columns, or one of them as data_files, or all of them "
+                    "through Files"
+                )
             elif path.is_file():
-                reason = "it is a file; give the folder that it lies in, and its name as data_files"
+                reason = (
+                    "it is a file; give the folder that it lies in, and its name as data_files, or the file through "
+                    "Files"
+                )
             else:
                 reason = (
                     "it is no local folder, and the hub has none of that name or cannot be reached; give the path of a "
-                    "local folder, or a JSON Lines file through JsonLines"
+                    "local folder, or a file through Files"
                 )
             raise UsageError(f"cannot load the data set {self.path!r}: {reason}.") from error
 

@@ -61,6 +61,8 @@ class Tokenize:
         # Some write a space before a text, which is none in the middle of another.
         self._newline = self._ids("\n")
         self._prefixed = self._ids("\na") != [*self._newline, *bare]
+        one = next(iter(self._numbers), None)
+        self._prefixed_again = one is not None and self._ids(f"{one}a") == [self._numbers[one], *bare]
 
     def many(self, texts: Sequence[Text], behind: Sequence[Iterable[int]]) -> list[Tokens]:
         """Tokens of texts.
@@ -108,7 +110,9 @@ class Tokenize:
             if start in own:
                 ids.append(own[start][1])
             elif not any(first < start < last for first, (last, _) in own.items()):
-                ids += self._piece(text.text[start:end], start > 0, bool(text.literal))
+                behind_special = self._prefixed_again and any(last == start for last, _ in own.values())
+                inside = start > 0 and not behind_special
+                ids += self._piece(text.text[start:end], inside, bool(text.literal))
             at[end] = len(ids)
         return Tokens(ids, at, in_pieces=True)
 

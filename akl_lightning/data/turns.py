@@ -26,8 +26,8 @@ class Turn:
     end: int
     """Behind what ends it."""
 
-    marked: tuple[tuple[int, int], ...] = ()
-    """What the template marks as generated, the last up to ``end``; empty where it marks nothing."""
+    marked: tuple[tuple[int, int], ...] | None = None
+    """What of it the template marks as generated, or None where it marks nothing at all."""
 
 
 class Turns:
@@ -59,25 +59,23 @@ class Turns:
         """
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         marks = self._marks(whole, messages, tools)
-        if marks is not None and len(marks) == len(spoken):
-            turns = [self._of_mark(whole, mark) for mark in marks]
-        else:
-            prompts = [
-                prompt
-                if prompt is not None and index + 1 == len(messages)
-                else self.rendering.text(messages[:index], tools, prompt=True)
-                if index
-                else None
-                for index in spoken
-            ]
-            turns = [
-                self._turn(whole, messages, index, tools, before) for index, before in zip(spoken, prompts, strict=True)
-            ]
-            if marks is not None:
-                self._share(whole, turns, marks)
+        turns = []
+        for number, index in enumerate(spoken):
+            try:
+                before = prompt if index + 1 == len(messages) else None
+                if before is None and index:
+                    before = self.rendering.text(messages[:index], tools, prompt=True)
+                turns.append(self._turn(whole, messages, index, tools, before))
+            except SampleError:
+                if marks is None or len(marks) != len(spoken):
+                    raise
+                turns.append(self._of_mark(whole, marks[number]))
         for turn, following in pairwise(turns):
             if turn.end > following.start:
                 raise _unclear("two turns of the assistant stand in one another")
+        if marks is not None:
+            for turn in turns:
+                turn.marked = self._within(whole, turn, marks)
         return turns
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -94,26 +92,20 @@ class Turns:
         return marks
 
     def _of_mark(self, whole: str, mark: tuple[int, int]) -> Turn:
-        """A turn of a mark, which may stand around the content alone."""
+        """A turn of which nothing is known but its mark."""
         start, behind = mark
-        text = whole[start:behind].rstrip()
-        ended = next((end for end in self.rendering.ends if text.endswith(end)), None)
-        if ended is not None:
-            end = start + len(text)
-            return Turn(start, end - len(ended), end, ((start, end),))
-        found = self._soon.match(whole, behind)
-        end = found.end() if found else behind
-        return Turn(start, behind, end, ((start, end),))
+        ends = [*self._ends.finditer(whole, start, behind)]
+        found = ends[-1] if ends else self._soon.match(whole, behind)
+        return Turn(start, found.start(), found.end()) if found else Turn(start, behind, behind)
 
-    def _share(self, whole: str, turns: list[Turn], marks: list[tuple[int, int]]) -> None:
-        """Give every turn its marks, where it has several or none."""
-        for turn in turns:
-            own = [mark for mark in marks if turn.start <= mark[0] < turn.end]
-            if own:
-                last = self._of_mark(whole, own[-1])
-                turn.marked = (*own[:-1], (last.start, last.end))
-            else:
-                turn.marked = ((turn.start, turn.start),)
+    @staticmethod
+    def _within(whole: str, turn: Turn, marks: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """What of a turn is marked; where the last mark stands around the content alone, up to the end of the turn."""
+        own = [(max(start, turn.start), min(end, turn.end)) for start, end in marks]
+        own = [(start, end) for start, end in own if start < end]
+        if own and not whole[own[-1][1] : turn.said].strip():
+            own[-1] = (own[-1][0], turn.end)
+        return tuple(own)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What it writes step by step
@@ -122,14 +114,14 @@ class Turns:
         self, whole: str, messages: list[Message], index: int, tools: list[Any] | None, prompt: str | None
     ) -> Turn:
         message, rendering = messages[index], self.rendering
-        content = content_text(message)
-        if prompt is not None and whole.startswith(prompt):
-            start = len(prompt)
-            said = None if message.get("tool_calls") else self._behind(whole, start, content)
+        start = self._start(whole, messages, index, tools, prompt)
+        calls = message.get("tool_calls")
+        if start is not None:
+            said = None if calls else self._behind(whole, start, content_text(message))
         else:
             begins, said = self._around(whole, messages, index, tools)
             start = begins - len(rendering.before) if whole[:begins].endswith(rendering.before) else begins
-            if message.get("tool_calls"):
+            if calls:
                 raise _unclear("it writes a call of a tool anew when the conversation goes on")
         if said is not None:
             found = self._soon.match(whole, said)
@@ -141,16 +133,27 @@ class Turns:
         if not rendering.ends:
             end = start + len(whole[start:stop].rstrip())
             return Turn(start, end, end)
-        literal = content.strip()
-        at = whole.find(literal, start, stop) if literal else -1
-        found = self._ends.search(whole, at + len(literal) if at >= 0 else start, stop)
-        if found is None:
+        ends = [*self._ends.finditer(whole, start, stop)]
+        if not ends:
             raise _unclear("it ends a turn of the assistant with none of its tokens for that")
-        return Turn(start, found.start(), found.end())
+        return Turn(start, ends[-1].start(), ends[-1].end())
+
+    def _start(
+        self, whole: str, messages: list[Message], index: int, tools: list[Any] | None, prompt: str | None
+    ) -> int | None:
+        """Where a turn begins, if what stands before it is what the template writes of the messages before."""
+        if prompt is None:
+            return None
+        if whole.startswith(prompt):
+            return len(prompt)
+        # A prompt may hold what is left out when the conversation goes on, such as an empty thought.
+        head = self.rendering.assistant_head
+        before = self.rendering.text(messages[:index], tools) + head if head else ""
+        return len(before) if before and whole.startswith(before) else None
 
     def _behind(self, whole: str, start: int, content: str) -> int | None:
         """Behind an answer that stands where it must, perhaps without the white space around it."""
-        for text in (content, content.strip()):
+        for text in dict.fromkeys((content, content.strip())):
             for before in ("", self.rendering.before):
                 if text and whole.startswith(before + text, start):
                     return start + len(before) + len(text)

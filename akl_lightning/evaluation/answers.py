@@ -15,14 +15,16 @@ from torch import Tensor
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
+from akl_lightning.data.turns import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.parallel import ending_together, gather_objects
 
 Record = dict[str, Any]
-"""``instruction``, ``input``, ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at
-``max_new_tokens``), ``seed`` (None for greedy), and the settings: ``model`` (digest of its weights),
-``max_new_tokens``, ``temperature`` (0 for greedy), ``top_p``."""
+"""``instruction`` and ``input``, of a longer conversation ``messages`` and ``tools`` beside the whole of it as
+``instruction``; ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at ``max_new_tokens``), ``seed``
+(None for greedy), and the settings: ``model`` (digest of its weights), ``max_new_tokens``, ``temperature`` (0 for greedy),
+``top_p``."""
 
 _SETTINGS = ("model", "max_new_tokens", "temperature", "top_p")
 
@@ -120,6 +122,7 @@ class AnswerFile:
             together: ranks have to generate at the same time, because the model is sharded over them.
         """
         rows = {index: data.splits[split][index] for index in indices if index != FILLER}
+        rows = {index: row for index, row in rows.items() if row["prompt_ids"]}  # a document asks nothing
         self._seen |= dict.fromkeys(rows)
         mistake: UsageError | None = None
         for seed in self.decoding.seeds or (None,):
@@ -138,7 +141,8 @@ class AnswerFile:
             # Asked may be a row that only keeps the others company.
             records = [
                 {
-                    **{name: row[name] for name in ("instruction", "input", "prompt")},
+                    **question(row),
+                    "prompt": row["prompt"],
                     "references": references(row),
                     "answer": text.strip(),
                     "cut": not end,
@@ -210,9 +214,28 @@ class AnswerFile:
         return sorted(file for file in self.path.parent.iterdir() if file.name.startswith(f"{self.path.name}.part"))
 
 
+def question(row: Mapping[str, Any]) -> Record:
+    """What a sample asks, in the fields that :class:`~akl_lightning.data.sources.Files` reads it from again."""
+    messages, _ = _question_and_reply(row)
+    if [message["role"] for message in messages] == ["user"] and not row["tools"]:
+        (message,) = messages
+        return {"instruction": content_text(message), "input": message.get("input", "")}
+    said = [f"{message['role']}: {content_text(message)}" for message in messages]
+    tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
+    return {"instruction": "\n\n".join(said), "input": "", "messages": messages, **tools}
+
+
 def references(row: Mapping[str, Any]) -> list[str]:
-    """The acceptable answers of a sample; none where its output is empty."""
-    return list(row.get("references") or [row["output"]] * bool(row["output"].strip()))
+    """The acceptable answers of a sample; none of a prompt alone."""
+    _, reply = _question_and_reply(row)
+    text = "" if reply is None else content_text(reply)
+    return list(row["references"]) or [text] * bool(text.strip())
+
+
+def _question_and_reply(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The messages before the last turn of the assistant, and that turn, if there is one."""
+    messages = json.loads(row["messages"])
+    return (messages[:-1], messages[-1]) if messages[-1]["role"] == "assistant" else (messages, None)
 
 
 def read_answers(path: str | Path) -> list[Record]:

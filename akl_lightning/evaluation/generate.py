@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import check_writable
+from akl_lightning.data.encode import column
 from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -67,7 +68,7 @@ class AnswerEvaluation(Callback):
         assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
-        depends_on = [model, asdict(self.decoding), *_data(trainer).splits["test"]["prompt"]]
+        depends_on = [model, asdict(self.decoding), *column(_data(trainer).splits["test"], "prompt")]
         key = digest(json.dumps(depends_on).encode())[:8]
         self._file = AnswerFile(str(path).replace("{key}", key), model, self.decoding)
         self._file.open(trainer)
@@ -105,6 +106,8 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
         ``rouge_l`` in percent, the mean over seeds; with several seeds ``rouge_l_sd``, their standard deviation; and
         the figures of :func:`~akl_lightning.evaluation.diversity.diversity`.
     """
+    if not answers:  # documents alone
+        return {}
     scores = [
         rouge_l([record["answer"] for record in column], [record["references"] for record in column])
         for column in zip(*answers, strict=True)

@@ -165,7 +165,7 @@ def test_settings_on_a_command_line(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", lines(*PAIRS[2:4]))
 
     def load(*arguments: str) -> list[str]:
-        return prompts(parser.instantiate_classes(parser.parse_args(arguments)).source.load()["train"])
+        return prompts(parser.instantiate(parser.parse_args(arguments)).source.load()["train"])
 
     one, two = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     assert load("--source", "JsonLines", "--source.path", one) == ["a0", "a1"]
@@ -175,7 +175,7 @@ def test_settings_on_a_command_line(tmp_path: Path) -> None:
     assert load("--source", json.dumps(given)) == ["a0", "a1", "a2", "a3"]
     # The name that configurations of earlier versions have.
     earlier = parser.parse_args(["--source", "akl_lightning.data.sources.Docstrings"])
-    assert isinstance(parser.instantiate_classes(earlier).source, Docstrings)
+    assert isinstance(parser.instantiate(earlier).source, Docstrings)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ PAIR = b'{"instruction": "a", "output": "b"}\n'
         ("a.jsonl", PAIR + b'{"instruction": ', r"a\.jsonl, line 2 is no JSON in UTF-8 \(.*mend or remove the line"),
         ("a.jsonl", PAIR + b"[1]", r"line 2 is no JSON object but '\[1\]': mend or remove the line\."),
         ("a.jsonl", b"[" + PAIR.strip() + b"]", r"line 1 is no JSON object but .*; a file that is one array ends with"),
-        ("a.jsonl", b"[\n" + PAIR + b"]", r"line 1 is no JSON in UTF-8 \(.*or the file ends with \.json and is one array"),
+        ("a.jsonl", b"[\n" + PAIR + b"]", r"line 1 is no JSON in UTF-8 \(.*or the file ends with \.json"),
         ("a.jsonl", b"17\n", "line 1 is no JSON object but '17'"),
         ("a.jsonl", PAIR.decode().encode("utf-16"), "line 1 is no JSON in UTF-8 but UTF-16 or UTF-32"),
         ("a.jsonl", PAIR.decode().encode("utf-16-le"), "line 1 is no JSON in UTF-8 but UTF-16 or UTF-32:"),

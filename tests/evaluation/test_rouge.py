@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from akl_lightning.evaluation.rouge import rouge_l
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_equal_to_rouge_score_on_docstrings(count: int) -> None:
-    texts = [pair.output for pair in Docstrings().load()["train"][:600]]
+    texts = [json.loads(messages)[1]["content"] for messages in Docstrings().load()["train"][:600]["messages"]]
     draw = random.Random(0)
     # Answers that share something with their references: some words of one of them, shuffled a little.
     references = [draw.sample(texts, count) for _ in range(150)]

@@ -27,7 +27,7 @@ def check_is_cache(path: Path) -> None:
 
 
 def check_same(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise :class:`UsageError` where the cache that lies there has another teacher, tokenizer, template or codec."""
+    """Raise :class:`UsageError` where the cache that lies there has another teacher, tokenizer or codec."""
     if not (path / MANIFEST).exists():
         return
     theirs, ours = identity(read_manifest(path)), identity(manifest)

@@ -164,12 +164,11 @@ def file_state(file: Path, checksum: str) -> list[Any]:
 
 def identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """What all shards of a cache have in common, by what messages call it, and how they say it."""
-    teacher, template = manifest["teacher"], manifest["template"] or {"digest": None, "name": None}
+    teacher = manifest["teacher"]
     digests = {f"tokenizer's {name}": value for name, value in (manifest["tokenizer"] or {}).items()}
     return {
         "teacher": (teacher["weights"], f"{teacher['name']!r} with weights {teacher['weights'][:8]}"),
         **{name: (value, value[:8]) for name, value in digests.items()},
-        "prompt template": (template["digest"], repr(template["name"])),
         **{name: (manifest[name], str(manifest[name])) for name in ("codec", "top_k")},
     }
 

@@ -82,6 +82,7 @@ class CachedTeacher(Teacher):
             self.head = _head(open_shard(self.path / HEAD))
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._max_length: int | None = None
+        self._template: str | None = None
         self._checked = False
         self._warned = False
 
@@ -96,6 +97,11 @@ class CachedTeacher(Teacher):
     @property
     def vocab_size(self) -> int:
         return self.manifest["vocab_size"]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest sample that the cache may hold, or None where that is not known."""
+        return self.manifest["data"]["max_length"]
 
     @property
     def fingerprint(self) -> str:
@@ -179,6 +185,9 @@ class CachedTeacher(Teacher):
         written = self.manifest["data"]["max_length"]
         if written and self._max_length and written != self._max_length:
             message += f"; it was written with data.max_length = {written}, this run cuts at {self._max_length}"
+        template = (self.manifest["template"] or {}).get("name")
+        if template and self._template and template != self._template:
+            message += f"; it was made with the prompt template {template!r}, this run's is {self._template!r}"
         return f"{message}: run akl cache on this run's data, which adds what is missing, or use the data it has."
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -196,7 +205,7 @@ class CachedTeacher(Teacher):
             )
 
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
-        """Refuse another template, damaged files and, of the data module of this package, samples that are missing.
+        """Refuse damaged files and, of the data module of this package, samples that are missing.
 
         So is a temperature, where the likeliest tokens alone are known.
 
@@ -211,16 +220,7 @@ class CachedTeacher(Teacher):
                 f"which nobody knows how a temperature of {criterion.temperature} spreads the rest: set "
                 "model.criterion.temperature to 1, or cache hidden states."
             )
-        data, facts, written = data_of(trainer), facts_of_run(trainer), self.manifest["template"]
-        template, digest, setting = facts.template, facts.template_digest, "template"
-        if facts.pairing is not None:
-            of_teacher = facts.pairing.chats[1]
-            template, digest, setting = of_teacher.template, of_teacher.digest, "teacher_template"
-        if None not in (digest, written) and written["digest"] != digest:
-            raise UsageError(
-                f"the cache {self.path} was made with another prompt template, {written['name']!r} there and "
-                f"{template!r} here: set data.{setting} to it, or write a cache with this one."
-            )
+        data, self._template = data_of(trainer), facts_of_run(trainer).template
         if self.top_k is not None and criterion.divergence.has_reverse_part and not self._warned:
             self._warned = True
             rank_zero_warn(_TOP_K_WARNING.format(self.top_k))
