@@ -38,7 +38,7 @@ from akl_lightning.data.show import show_samples
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.models.load import load_tokenizer
-from akl_lightning.models.vocabulary import name_of
+from akl_lightning.models.vocabulary import name_for_tokens
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import try_optimizer
 from akl_lightning.parser import OneSentenceParser, one_sentence
@@ -97,7 +97,9 @@ class InstructionCLI(LightningCLI):
         if not has_own_model(models.get("teacher")):
             models.pop("teacher", None)
         if not config.data.tokenizer:
-            config.data.tokenizer = _first_name(models.values())
+            config.data.tokenizer = name_for_tokens(models, config.data.trust_remote_code)
+            if config.data.tokenizer is None:
+                raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
         for role, model in models.items():
             if isinstance(model, Mapping) and "model_type" in model and isinstance(config.data.tokenizer, str):
                 tokenizer = load_tokenizer(config.data.tokenizer, config.data.trust_remote_code)
@@ -135,13 +137,6 @@ def in_one_sentence() -> Iterator[None]:
         if not isinstance(cause, UsageError | MisconfigurationException | ImportError | OSError):
             raise
         raise UsageError(one_sentence(str(error))) from error
-
-
-def _first_name(models: Iterable[Any]) -> str:
-    for model in models:
-        if (name := name_of(model)) is not None:
-            return name
-    raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
 
 
 @keeps_given_settings

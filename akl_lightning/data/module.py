@@ -1,7 +1,8 @@
 """Conversations, instructions and documents for the Trainer."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import datasets
 import numpy as np
@@ -184,6 +185,14 @@ class InstructionDataModule(LightningDataModule):
             self.splits = align_splits(self.splits, pairing, self.num_workers)
             self.pairing = pairing
         return self.pairing
+
+    def of_teacher(self) -> Self:
+        """The same samples as a teacher with another tokenizer reads them, by themselves; behind :meth:`align`."""
+        assert self.pairing is not None
+        other = copy.copy(self)
+        other.chat, other.tokenizer = self.pairing.chats[1], self.pairing.tokenizer
+        other.teacher_tokenizer, other.pairing, other.splits = None, None, {}
+        return other
 
     @property
     def _learnt(self) -> tuple[str, ...]:
