@@ -89,8 +89,8 @@ class DistillationModule(LightningModule):
         activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
             on any number of devices.
         save_frozen: keep in checkpoints what is frozen and lies under the student's name; else they hold its digest.
-        alignment: what is done about a teacher with another tokenizer: compare ``classes`` of tokens where both stand at
-            the same byte of a text, or ``refuse`` it.
+        alignment: what is done about a teacher with another tokenizer: compare ``classes`` of tokens where both stand
+            at the same byte of a text, or ``refuse`` it.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.

@@ -145,7 +145,9 @@ class Pairing:
     @property
     def digest(self) -> str:
         """What tells it from others."""
-        said = [[chat.digest, tokens.digest] for chat, tokens in zip(self.chats, (self.student, self.teacher), strict=True)]
+        said = [
+            [chat.digest, tokens.digest] for chat, tokens in zip(self.chats, (self.student, self.teacher), strict=True)
+        ]
         return hashlib.sha256(json.dumps([said, self.longest]).encode()).hexdigest()
 
     def _align(
@@ -199,8 +201,8 @@ def align_splits(
     if count > REFUSED * whole:
         why = next(reason for of in refused.values() for reason in of)
         raise UsageError(
-            f"{count:,} of {whole:,} samples cannot be aligned with the teacher, the first because {why}: take a teacher "
-            "whose tokenizer and template keep such text, or leave such samples out."
+            f"{count:,} of {whole:,} samples cannot be aligned with the teacher, the first because {why}: take a "
+            "teacher whose tokenizer and template keep such text, or leave such samples out."
         )
     return {split: _aligned_alone(rows, split, refused[split]) for split, rows in written.items()}
 
@@ -211,7 +213,11 @@ def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int
     features = datasets.Features({**rows.features, **FEATURES})
     if not len(rows):
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
-    depends_on = [content_of(rows, _READ)[0], pairing.digest, *map(inspect.getsource, (Pairing, align, Side, TokenBytes))]
+    depends_on = [
+        content_of(rows, _READ)[0],
+        pairing.digest,
+        *map(inspect.getsource, (Pairing, align, Side, TokenBytes)),
+    ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return rows.map(
         _pair_columns,

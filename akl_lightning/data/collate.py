@@ -98,8 +98,7 @@ def _teacher_side(rows: list[Row], labels: list[list[int]]) -> dict[str, Tensor]
             learnt[number][start:end] = ids[number][start:end]
     places = [iter(row["aligned"]) for row in rows]
     aligned = [
-        [NONE if label == IGNORE_INDEX else next(own) for label in of]
-        for own, of in zip(places, labels, strict=True)
+        [NONE if label == IGNORE_INDEX else next(own) for label in of] for own, of in zip(places, labels, strict=True)
     ]
     return {
         "teacher_input_ids": _pad(ids, 0, "right"),

@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer than the student's: it reads the same text, and is compared over classes of tokens."""
+"""A teacher with another tokenizer: it reads the same text, and is compared with the student over classes of tokens."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self

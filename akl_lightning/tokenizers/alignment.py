@@ -68,7 +68,8 @@ def align(student: Side, teacher: Side, text: str) -> list[int] | None:
         return None
     places = {begin - of_teacher: number for number, begin in enumerate(teacher.begins)}
     aligned = [
-        places.get(begin - of_student, NONE) if 0 <= begin - of_student < len(said) else NONE for begin in student.begins
+        places.get(begin - of_student, NONE) if 0 <= begin - of_student < len(said) else NONE
+        for begin in student.begins
     ]
     aligned += [NONE] * (student.length - len(aligned))
     if student.end is not None and teacher.end is not None:

@@ -143,7 +143,9 @@ class TokenBytes:
         missing = [number for number, text in enumerate(texts) if text is not None]
         for carrier in _CARRIERS if self._dummy else ("",):
             whole = [carrier + str(texts[number]) for number in missing]
-            for number, encoding in zip(missing, self._backend.encode_batch(whole, add_special_tokens=False), strict=True):
+            for number, encoding in zip(
+                missing, self._backend.encode_batch(whole, add_special_tokens=False), strict=True
+            ):
                 found[number] = self._begins(encoding.ids, carrier, pieces[number])
             missing = [number for number in missing if found[number] is None]
         for number, piece in enumerate(pieces):

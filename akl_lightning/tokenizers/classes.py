@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,4 +131,4 @@ def members(partition: Partition, side: str) -> list[np.ndarray]:
     classes: np.ndarray = getattr(partition, side).numpy()
     order = np.argsort(classes, kind="stable")
     bounds: Sequence[int] = np.searchsorted(classes[order], np.arange(partition.count + 1)).tolist()
-    return [order[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [order[start:stop] for start, stop in pairwise(bounds)]

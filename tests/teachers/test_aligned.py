@@ -2,14 +2,16 @@
 
 import copy
 import json
-from itertools import product
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from akl_lightning.kernels.classes import Classes
 from lightning.pytorch import Trainer
+from tokenizers import normalizers
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -18,7 +20,6 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL
 from akl_lightning.errors import UsageError
-from akl_lightning.kernels.classes import Classes
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Merged
 from akl_lightning.teachers.aligned import AlignedTeacher
@@ -51,7 +52,9 @@ def fitted(module: DistillationModule, data: Any, **settings: Any) -> Trainer:
     return trainer
 
 
-def models(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
+def models(
+    student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast
+) -> tuple[GPT2LMHeadModel, GPT2LMHeadModel]:
     return gpt2(16, len(student)), gpt2(24, len(teacher), positions=128)
 
 
@@ -65,7 +68,10 @@ def test_each_model_reads_its_own_tokens_and_is_compared_at_the_same_bytes(
     data.align(teacher_tokenizer)
     (batch,) = data.samples("train")
     # x|\n|the| a| |the|END and x|\n|t|he| |a| t|he|STOP
-    assert [batch["aligned"][0].tolist(), batch["aligned"][1, :4].tolist()] == [[-1, -1, 2, 4, 6, -1, 8], [-1, -1, 2, 3]]
+    assert [batch["aligned"][0].tolist(), batch["aligned"][1, :4].tolist()] == [
+        [-1, -1, 2, 4, 6, -1, 8],
+        [-1, -1, 2, 3],
+    ]
     student, teacher = models(student_tokenizer, teacher_tokenizer)
     module = DistillationModule(student, teacher)
     classes = Classes(torch.arange(3), torch.arange(3), 3)
@@ -91,8 +97,8 @@ def test_a_permuted_copy_gives_the_loss_of_equal_vocabularies(corpus: str) -> No
     permuted.transformer.wte.weight.data = teacher.transformer.wte.weight.data[order]
     permuted.lm_head.weight = permuted.transformer.wte.weight
     losses = []
-    for teacher, settings in ((teacher, {}), (permuted, {"teacher_tokenizer": other, "teacher_template": "plain"})):
-        module = DistillationModule(copy.deepcopy(student), teacher, DistillationCriterion(alpha=0.7))
+    for of, settings in ((teacher, {}), (permuted, {"teacher_tokenizer": other, "teacher_template": "plain"})):
+        module = DistillationModule(copy.deepcopy(student), of, DistillationCriterion(alpha=0.7))
         data = data_of(one, corpus, **settings)
         trainer = Trainer(**QUIET)
         trainer.validate(module, data, verbose=False)
@@ -144,10 +150,12 @@ def test_conversations_are_aligned_turn_by_turn(
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     student_tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     teacher_tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<stop>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<stop>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     data = data_of(student_tokenizer, str(tmp_path / "chats.jsonl"), max_length=200, validation_size=0, test_size=0)
     data.setup("fit")
@@ -197,7 +205,7 @@ def test_what_lies_behind_the_teachers_positions_is_not_aligned(
     data.setup("fit")
     data.align(teacher_tokenizer, longest=16)
     (batch,) = data.samples("validation")
-    assert batch["teacher_input_ids"].shape[1] == 16 and 0 < (batch["aligned"] >= 0).sum()
+    assert batch["teacher_input_ids"].shape[1] == 16 and (batch["aligned"] >= 0).sum() > 0
     assert batch["aligned"].max() < 16
 
 
@@ -206,7 +214,7 @@ def test_a_prompt_behind_the_teachers_positions_is_an_error_where_there_are_many
 ) -> None:
     data = data_of(student_tokenizer, corpus)
     data.setup("fit")
-    with pytest.raises(UsageError, match="36 of 36 samples cannot be aligned .*the 4 positions of the teacher"):
+    with pytest.raises(UsageError, match=r"36 of 36 samples cannot be aligned .*the 4 positions of the teacher"):
         data.align(teacher_tokenizer, longest=4)
 
 
@@ -216,8 +224,6 @@ def test_a_sample_that_the_teacher_does_not_say_is_dropped_and_counted(
     pairs = [{"instruction": f"say {n}", "output": "caf\u00e9" if n else "cafe\u0301"} for n in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     composing = byte_level(["h e"])
-    from tokenizers import normalizers
-
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     data = data_of(student_tokenizer, str(tmp_path / "pairs.jsonl"), validation_size=0, test_size=0)
     data.setup("fit")
@@ -263,8 +269,14 @@ def test_it_goes_with(
 ) -> None:
     student, teacher = models(student_tokenizer, teacher_tokenizer)
     data = data_of(student_tokenizer, corpus, teacher_tokenizer=teacher_tokenizer)
-    plain, other = DistillationModule(copy.deepcopy(student), copy.deepcopy(teacher)), DistillationModule(student, teacher, **settings)
-    losses = [fitted(module, data, limit_train_batches=0).validate(module, data, verbose=False)[0] for module in (plain, other)]
+    plain, other = (
+        DistillationModule(copy.deepcopy(student), copy.deepcopy(teacher)),
+        DistillationModule(student, teacher, **settings),
+    )
+    losses = [
+        fitted(module, data, limit_train_batches=0).validate(module, data, verbose=False)[0]
+        for module in (plain, other)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     fitted(other, data, accumulate_grad_batches=2)
 

@@ -32,7 +32,10 @@ def said(found: Partition, student: Vocabulary, teacher: Vocabulary) -> set[tupl
 
 
 def test_a_token_without_partner_joins_what_the_other_side_begins_it_with() -> None:
-    student, teacher = vocabulary(byte_level(["t h", "th e", "x y"])), vocabulary(byte_level(["t h", "a b", "ab c"], ["<stop>"]))
+    student, teacher = (
+        vocabulary(byte_level(["t h", "th e", "x y"])),
+        vocabulary(byte_level(["t h", "a b", "ab c"], ["<stop>"])),
+    )
     assert said(partition(student, teacher), student, teacher) == {
         (frozenset({b"th", b"the"}), frozenset({b"th"})),  # "the" would begin with "th"
         (frozenset({b"x", b"xy"}), frozenset({b"x"})),
@@ -75,7 +78,9 @@ def test_special_tokens_go_by_their_role() -> None:
     student = vocabulary(of_student, ends=of_student.convert_tokens_to_ids(["<stop>", "<turn>"]))
     teacher = vocabulary(of_teacher)  # whose <both> ends a response
     found = partition(student, teacher)
-    classes = {name: int(found.student[of_student.convert_tokens_to_ids(name)]) for name in ("<stop>", "<turn>", "<both>")}
+    classes = {
+        name: int(found.student[of_student.convert_tokens_to_ids(name)]) for name in ("<stop>", "<turn>", "<both>")
+    }
     end, rest = (int(found.teacher[of_teacher.convert_tokens_to_ids(name)]) for name in ("<both>", "<other>"))
     assert classes == {"<stop>": end, "<turn>": end, "<both>": rest} and rest == found.count - 1 != end
 

@@ -16,7 +16,7 @@ def fast(backend: Tokenizer, special: Sequence[str] = (END,)) -> PreTrainedToken
 def byte_level(
     merges: Sequence[str] = (), special: Sequence[str] = (END,), order: int = 1, **settings: object
 ) -> PreTrainedTokenizerFast:
-    """Every byte and what merges make of them (``"a b"``, with Ġ for a space), as GPT-2's; perhaps the other way round."""
+    """Every byte and what merges make of them (``"a b"``, Ġ for a space), as GPT-2's; perhaps in another order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*alphabet, *("".join(merge.split()) for merge in merges)][::order]
     pairs = [tuple(merge.split()) for merge in merges]
@@ -32,7 +32,11 @@ def sentencepiece(pieces: Sequence[str], merges: Sequence[str] = (), fallback: b
     vocabulary += ["".join(merge.split()) for merge in merges]
     pairs = [tuple(merge.split()) for merge in merges]
     model = models.BPE(
-        {token: i for i, token in enumerate(vocabulary)}, pairs, unk_token="<unk>", byte_fallback=fallback, fuse_unk=True
+        {token: i for i, token in enumerate(vocabulary)},
+        pairs,
+        unk_token="<unk>",
+        byte_fallback=fallback,
+        fuse_unk=True,
     )
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
