@@ -11,7 +11,6 @@ from torchmetrics import Metric, MetricCollection
 from akl_lightning.compat import evaluated_loaders
 from akl_lightning.criterion import STATISTICS
 
-
 OF_STUDENT = ("loss", "cross_entropy", "router_loss", "aligned")
 """Statistics that every token has, whether or not there is a teacher at it."""
 

@@ -32,8 +32,8 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import said_by_rank_0
-from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.aligned import AlignedTeacher
+from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.live import LiveTeacher
 
 Found = TypeVar("Found", bound=Callback)

@@ -176,7 +176,8 @@ def prepare(
         greedy = AnswerWriter(teacher, output / "teacher/train.jsonl", Decoding(decoding.max_new_tokens))
         Trainer(**QUIET).predict(greedy, data, return_predictions=False)
         pairs = (
-            {name: answer[name] for name in ("instruction", "input", "cut")} | {"output": answer["answer"]}
+            {name: answer[name] for name in ("instruction", "input", "messages", "tools", "cut") if name in answer}
+            | {"output": answer["answer"]}
             for answer in read_answers(greedy.path)
         )
         write_lines(folder / ".seqkd.jsonl", pairs)

@@ -403,7 +403,8 @@ def run_one(
     kind, _, divergence = way.partition("-")
     student = {
         "model_type": "gpt2", "vocab_size": len(data.tokenizer), "n_layer": settings["layers"],
-        "n_embd": settings["width"], "n_head": max(1, settings["width"] // 64), "n_positions": 512, "bos_token_id": data.tokenizer.bos_token_id,
+        "n_embd": settings["width"], "n_head": max(1, settings["width"] // 64), "n_positions": 512,
+        "bos_token_id": data.tokenizer.bos_token_id,
         "eos_token_id": data.tokenizer.eos_token_id,
     }  # fmt: skip
     criterion = DistillationCriterion(

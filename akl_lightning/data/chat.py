@@ -115,15 +115,16 @@ class Chat:
         self.arguments = dict(arguments or {})
         self.learn = learn
         self.special_tokens_in_content = special_tokens_in_content
-        self._rendering = Rendering(tokenizer, template, arguments)
-        self._turns = Turns(self._rendering)
+        self.rendering = Rendering(tokenizer, template, arguments)
+        """The template, and what was found out about it."""
+        self._turns = Turns(self.rendering)
         self._tokenize = Tokenize(tokenizer)
         # A tokenizer's own template writes the beginning itself, or means none.
         self._lead = [] if template == CHAT else self._tokenize.lead
         # Some begin every turn with the same token.
-        self._begins_with_bos = not self._rendering.user_head.startswith(tokenizer.bos_token or "\0")
+        self._begins_with_bos = not self.rendering.user_head.startswith(tokenizer.bos_token or "\0")
         self._own_input = template in TEMPLATES or is_format(template)
-        if not self._rendering.ends and tokenizer.eos_token_id is None:
+        if not self.rendering.ends and tokenizer.eos_token_id is None:
             raise UsageError(
                 "the tokenizer has no end-of-text token (eos_token) and the template ends a turn with none of its "
                 "tokens: set one, responses end with it."
@@ -131,7 +132,7 @@ class Chat:
 
     def introduce(self) -> None:
         """Say what one would not expect of the template."""
-        rendering = self._rendering
+        rendering = self.rendering
         if rendering.system:
             rank_zero_info(f"the chat template writes a system prompt by itself: {rendering.system[:120]!r}")
         if rendering.writes_date:
@@ -148,14 +149,14 @@ class Chat:
     @property
     def end_tokens(self) -> list[int]:
         """Tokens at which a turn of the assistant ends, by the template and by the tokenizer."""
-        ids = [self.tokenizer.convert_tokens_to_ids(end) for end in self._rendering.ends]
+        ids = [self.tokenizer.convert_tokens_to_ids(end) for end in self.rendering.ends]
         eos = self.tokenizer.eos_token_id
         return list(dict.fromkeys(ids if eos is None else [*ids, eos]))
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the tokens depend on beside the records and the tokenizer."""
-        settings = [self._rendering.texts, self.arguments, self.learn, self.special_tokens_in_content, self._own_input]
+        settings = [self.rendering.texts, self.arguments, self.learn, self.special_tokens_in_content, self._own_input]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def encode(self, record: Record) -> Encoded:
@@ -201,17 +202,17 @@ class Chat:
             return _Plan(Text(text, literal=literal), [(0, len(text))], [0], ends=ends, document=True)
         messages = json.loads(record["messages"])
         learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
-        messages = [for_template(message, self._rendering, self._own_input) for message in messages]
+        messages = [for_template(message, self.rendering, self._own_input) for message in messages]
         tools = json.loads(record["tools"]) if record["tools"] else None
         if messages[-1]["role"] == "assistant":
             plan = self._answer(messages, tools, learnt, ends)
         else:
             plan = self._prompt(messages, tools)
-        plan.tools_left_out = bool(tools) and not self._rendering.writes_tools
+        plan.tools_left_out = bool(tools) and not self.rendering.writes_tools
         return plan
 
     def _prompt(self, messages: list[Message], tools: list[Any] | None) -> _Plan:
-        prompt = self._rendering.text(messages, tools, prompt=True)
+        prompt = self.rendering.text(messages, tools, prompt=True)
         try:
             turns = self._turns.find(prompt, messages, tools)
         except SampleError:  # nothing of it is learnt
@@ -220,7 +221,7 @@ class Chat:
         return _Plan(text, starts=self._starts(prompt, messages, turns), prompt=prompt, prompt_end=len(prompt))
 
     def _answer(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool], ends: bool) -> _Plan:
-        rendering = self._rendering
+        rendering = self.rendering
         whole = rendering.text(messages, tools)
         prompt = rendering.text(messages[:-1], tools, prompt=True) if messages[1:] else None
         for message in messages[:-1]:
@@ -261,7 +262,7 @@ class Chat:
     def _literal(self, written: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> list[Range]:
         if self.special_tokens_in_content:
             return []
-        return literal_ranges(self._tokenize.special_pattern, self._rendering, written, messages, tools, prompt)
+        return literal_ranges(self._tokenize.special_pattern, self.rendering, written, messages, tools, prompt)
 
     def _starts(self, whole: str, messages: list[Message], turns: list[Turn]) -> list[int]:
         """Where questions begin, each with its head."""
@@ -278,11 +279,11 @@ class Chat:
     def _first(self, whole: str, messages: list[Message]) -> int:
         """Where the first message begins that is not the system's."""
         index = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
-        head, text = self._rendering.user_head, content_text(messages[index]).strip()
+        head, text = self.rendering.user_head, content_text(messages[index]).strip()
         found = whole.find(head + text) if head and text and messages[index]["role"] == "user" else -1
         if found < 0 and index:
             try:
-                alone = self._rendering.text(messages[:index])
+                alone = self.rendering.text(messages[:index])
             except SampleError:  # some take no system's message without a question
                 return 0
             return len(alone) if whole.startswith(alone) else 0

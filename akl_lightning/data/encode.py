@@ -50,8 +50,8 @@ ROW_FEATURES = datasets.Features(
         "tools_left_out": datasets.Value("bool"),
     }
 )
-"""Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and what
-is said of them, see :class:`~akl_lightning.data.lengths.Fitted`."""
+"""Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and
+what is said of them, see :class:`~akl_lightning.data.lengths.Fitted`."""
 
 _BATCH_BYTES = 2**23
 
@@ -59,9 +59,7 @@ _BATCH_BYTES = 2**23
 def tokenize(
     split: str, records: datasets.Dataset, chat: Chat, lengths: Lengths, num_proc: int = 0
 ) -> datasets.Dataset:
-    """The rows of a split: first those of which something is learnt, in the records' order, then prompts alone.
-
-    What is cut or dropped is counted and said.
+    """The rows of a split, in the records' order; what is cut or dropped is counted and said.
 
     Args:
         split: its name.
@@ -94,11 +92,16 @@ def tokenize(
         desc=f"Tokenizing {split}",
     )
     _say(split, rows, lengths)
-    kept, learnt = column(rows, "kept"), column(rows, "learnt") > 0
+    kept = column(rows, "kept")
     if not kept.any():
         raise UsageError(_none_left(split, rows, lengths))
-    order = np.concatenate([np.flatnonzero(kept & learnt), np.flatnonzero(kept & ~learnt)])
-    return rows if np.array_equal(order, np.arange(len(rows))) else rows.select(order)
+    return rows if kept.all() else rows.select(np.flatnonzero(kept))
+
+
+def learnt_first(rows: datasets.Dataset) -> datasets.Dataset:
+    """Those of which something is learnt, in their order, then prompts alone."""
+    learnt = column(rows, "learnt") > 0
+    return rows if learnt.all() else rows.select(np.argsort(~learnt, kind="stable"))
 
 
 def column(rows: datasets.Dataset, name: str) -> np.ndarray:
@@ -215,19 +218,20 @@ def _different(rows: pa.Table) -> int:
 
 _SAID = {
     "response": "responses cut at {length:,} tokens, the longest has {most:,}: raise data.max_length",
-    "end": "conversations cut at {length:,} tokens, of which they keep the first turns, the longest has {most:,}: raise "
-    "data.max_length, or set data.truncate to start_turns to keep the last",
-    "start_turns": "conversations cut at {length:,} tokens, of which they keep the last turns, the longest has {most:,}: "
-    "raise data.max_length",
-    "drop": "samples dropped, they are longer than {length:,} tokens, the longest has {most:,}: raise data.max_length, or "
-    "let data.truncate cut them",
-    "prompt": "samples dropped, their prompts are longer than {prompt:,} tokens, the longest has {most:,}: raise {bound}",
+    "end": "conversations cut at {length:,} tokens, of which they keep the first turns, the longest has {most:,}: "
+    "raise data.max_length, or set data.truncate to start_turns to keep the last",
+    "start_turns": "conversations cut at {length:,} tokens, of which they keep the last turns, the longest has "
+    "{most:,}: raise data.max_length",
+    "drop": "samples dropped, they are longer than {length:,} tokens, the longest has {most:,}: raise "
+    "data.max_length, or let data.truncate cut them",
+    "prompt": "samples dropped, their prompts are longer than {prompt:,} tokens, the longest has {most:,}: raise "
+    "{bound}",
 }
 """What is said of the notes of :class:`~akl_lightning.data.lengths.Fitted`."""
 
 _FLAGS = {
-    "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach from "
-    "a prompt into its response",
+    "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach "
+    "from a prompt into its response",
     "tools_left_out": "have tools, which the chat template does not write: give another data.template",
 }
 

@@ -182,11 +182,15 @@ def _read_csv(path: Path, columns: set[str]) -> Iterator[Found]:
     line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True, restkey="")
+            rows = csv.DictReader(file, strict=True)
+            names = rows.fieldnames or []
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise UsageError(f"{path}, line 1 has the field {twice[0]!r} twice: give it two names.")
             for row in rows:
                 begins, line = line + 1, rows.line_num
                 where = f"{path}, line {begins}"
-                if ("" in row and rows.fieldnames and "" not in rows.fieldnames) or None in row.values():
+                if None in row or None in row.values():
                     raise UsageError(f"{where} has more or fewer fields than the heading: mend or remove the line.")
                 yield {name: text for name, text in row.items() if text}, begins, where
     except (csv.Error, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import combinations
 from typing import Any, NoReturn
 
 from akl_lightning.data.records import Message, Row, conversation, document
@@ -26,12 +27,17 @@ _ALSO_READ = (
 )
 
 
+_SAID_APART = {"role", "from", "content", "value"}
+"""Keys of a message that have one name here."""
+
+
 class Forms:
     """Reads records of any usual form; the forms may be mixed.
 
-    In this order: the fields that are named otherwise than by default; ``messages`` (OpenAI); ``conversations``
-    (ShareGPT); ``prompt`` with ``completion`` or ``chosen``; ``instruction`` with ``output`` or ``chosen``, and
-    ``input``, ``system`` and ``history`` (Alpaca); ``chosen`` alone, as messages; ``text`` (a document); ``prompt`` or
+    In this order: ``instruction`` and ``output`` where they are named otherwise than by default; ``messages`` (OpenAI),
+    to which ``chosen`` or ``output`` is added where they end with a prompt; ``conversations`` (ShareGPT), likewise;
+    ``prompt`` with ``completion`` or ``chosen``; ``instruction`` with ``output`` or ``chosen``, and ``input``,
+    ``system`` and ``history`` (Alpaca); ``chosen`` alone, as messages; ``text`` (a document); ``prompt`` or
     ``instruction`` alone. What another form would have read is left, and counted. ``tools`` and ``system`` belong to
     any conversation. A field that is null counts as absent; numbers and booleans are read as JSON writes them.
 
@@ -43,7 +49,7 @@ class Forms:
         text: field of a document.
 
     Raises:
-        UsageError: two of them are the same.
+        UsageError: two of them are the same field.
     """
 
     def __init__(
@@ -55,16 +61,18 @@ class Forms:
         text: str = "text",
     ) -> None:
         self.names = {"instruction": instruction, "input": input, "output": output, "messages": messages, "text": text}
-        for name, field in self.names.items():
-            others = [other for other in self.names if other != name and self.names[other] == field]
-            if others:
+        pair = {instruction, input, output}
+        for one, other in (*combinations(("instruction", "input", "output"), 2), ("messages", "text")):
+            if self.names[one] == self.names[other]:
                 raise UsageError(
-                    f"the field {field!r} cannot be both {name} and {others[0]}: name two fields in the source."
+                    f"the field {self.names[one]!r} cannot be both {one} and {other}: name two fields in the source."
                 )
         self.columns = {*self.names.values(), *_ALSO_READ, *_REPLIES}
         """All fields that are looked at."""
-        self._mains = [messages, "conversations", "prompt", "completion", instruction, output, "chosen", text]
-        self._pair_is_named = (instruction, output) != ("instruction", "output")
+        # A text or messages may be a pair's instruction: then they are no form of their own.
+        self.alone = {name for name in (messages, text) if name not in pair}
+        self.mains = [messages, "conversations", "prompt", "completion", instruction, output, "chosen", text]
+        self.pair_is_named = (instruction, output) != ("instruction", "output")
 
     def read(
         self, record: Mapping[str, Any], file: str, line: int, where: str, split: str, notes: Counter
@@ -95,7 +103,7 @@ class Forms:
                     return None
                 return document(text, file, line)
             messages, references, wants_response = one.conversation(form)
-            if not any(_says(message) for message in messages if message["role"] in ("user", "tool")):
+            if not any(_says(message) for message in messages if message["role"] != "assistant"):
                 notes["dropped, without a prompt"] += 1
                 return None
             answers = [message for message in messages if message["role"] == "assistant"]
@@ -128,9 +136,9 @@ class _Record:
         pair = names["instruction"] in given and names["output"] in given
         # As akl generate writes a conversation: it is its own instruction.
         answered = names["messages"] in given and names["instruction"] == "instruction"
-        if pair and self.forms._pair_is_named and not answered:
+        if pair and self.forms.pair_is_named and not answered:
             form, used = "instruction", [names["instruction"], names["output"]]
-        elif names["messages"] in given:
+        elif names["messages"] in self.forms.alone & set(given):
             form, used = "messages", [names["messages"]]
         elif "conversations" in given:
             form, used = "conversations", ["conversations"]
@@ -142,7 +150,7 @@ class _Record:
             form, used = "instruction", [names["instruction"], names["output"]]
         elif "chosen" in given:
             form, used = "preference", [names["instruction"]]
-        elif names["text"] in given:
+        elif names["text"] in self.forms.alone & set(given):
             form, used = "text", [names["text"]]
         elif "prompt" in given or names["instruction"] in given:
             form, used = "prompt", ["prompt" if "prompt" in given else names["instruction"]]
@@ -152,7 +160,7 @@ class _Record:
             self.expect_no_reply(used[0], used)
         if form == "preference":
             used.append("chosen")
-        for name in self.forms._mains:
+        for name in self.forms.mains:
             if name in given and name not in used and form not in ("messages", "conversations"):
                 self.left(name, used[0])
         return form
@@ -186,7 +194,7 @@ class _Record:
                 wants_response = not response
             elif is_prompt:
                 self.expect_no_reply(field, [field])
-            for name in self.forms._mains:
+            for name in self.forms.mains:
                 if name in given and name not in (field, reply) and not (reply and name == names["instruction"]):
                     self.left(name, field)
         else:
@@ -232,15 +240,18 @@ class _Record:
             return [], []
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
             messages = self.messages(field, [value] if isinstance(value, dict) else value)
+            if messages[-1]["role"] != "assistant":
+                self.refuse(
+                    f"the field {field!r} does not end with the assistant's message: give what is answered as one"
+                )
             return (messages, []) if any(map(_says, messages)) else ([], [])
-        texts = [self.text(field, one) for one in (value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        texts = [self.text(field, one) for one in values if not _absent(one)]
         texts = [text for text in texts if text.strip()]
         return [{"role": "assistant", "content": text} for text in texts[:1]], texts
 
     def whole(self, prompt: list[Message], chosen: list[Message]) -> list[Message]:
         """Chosen messages that hold their prompt as well."""
-        if chosen[-1]["role"] != "assistant":
-            self.refuse("has chosen messages that do not end with the assistant's")
         contents = [message["content"] for message in chosen[:-1]]
         if any(message["content"] not in contents for message in prompt):
             self.refuse("has a prompt that is not among the chosen messages, which begin with one: leave out either")
@@ -290,11 +301,9 @@ class _Record:
         at = f"message {number}"
         if not isinstance(given, dict):
             self.refuse(f"{at} is no object but {str(given)[:40]!r}")
-        given = {name: value for name, value in given.items() if value is not None}
-        called = given.pop("role", given.pop("from", None))
-        given.pop("from", None)
-        content = given.pop("content", given.pop("value", None))
-        given.pop("value", None)
+        called = given.get("from") if given.get("role") is None else given["role"]
+        content = given.get("value") if given.get("content") is None else given["content"]
+        given = {name: value for name, value in given.items() if value is not None and name not in _SAID_APART}
         role = ROLES.get(called.lower()) if isinstance(called, str) else None
         if role is None:
             said = "no role" if called is None else f"the unknown role {called!r}"

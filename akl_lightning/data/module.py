@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.data.aligned import Pairing, align_splits
 from akl_lightning.data.chat import Chat, Learn
 from akl_lightning.data.collate import LEARNT, PROMPTS, TEACHER, Row, Rows, collate, collate_prompts
-from akl_lightning.data.encode import column, tokenize
+from akl_lightning.data.encode import column, learnt_first, tokenize
 from akl_lightning.data.facts import positions_of
 from akl_lightning.data.lengths import Lengths, Truncate
+from akl_lightning.data.preview import summary
 from akl_lightning.data.records import Source
 from akl_lightning.data.sampler import StepSampler, accumulated
-from akl_lightning.data.preview import summary
 from akl_lightning.data.sources import Docstrings
 from akl_lightning.data.splits import check_sizes, split_records
 from akl_lightning.errors import UsageError
@@ -48,9 +48,9 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: a tokenizer, or the hub name or local folder of one; on the command line that of the first model that
             has a name, unless it is given.
         source: where the samples come from.
-        template: ``chat`` (the tokenizer's own), ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file with
-            one, or a text with ``{instruction}`` and ``{input}`` in it; None for the tokenizer's own, or ``plain`` where
-            it has none.
+        template: ``chat`` (the tokenizer's own), ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file
+            with one, or a text with ``{instruction}`` and ``{input}`` in it; None for the tokenizer's own, or ``plain``
+            where it has none.
         template_arguments: variables of the template, such as ``enable_thinking``.
         learn: of a conversation every turn of the assistant, its last one, or everything.
         special_tokens_in_content: let special tokens in what is said be such tokens, and not text.
@@ -60,8 +60,8 @@ class InstructionDataModule(LightningDataModule):
         max_prompt_length: tokens of a prompt, what the last turn answers; samples with a longer one are dropped. None
             for ``max_length`` - 1.
         truncate: what becomes of a longer conversation. ``end``: its end is cut off, it keeps its first turns, and a
-            response that is cut learns no end; ``start_turns``: whole first turns are left out, but for the system's, it
-            keeps its last ones; ``drop``: none of it is kept. Documents are always cut into blocks.
+            response that is cut learns no end; ``start_turns``: whole first turns are left out, but for the system's,
+            it keeps its last ones; ``drop``: none of it is kept. Documents are always cut into blocks.
         validation_size: validation samples, as a number or a share, where the source has no such split.
         test_size: test samples, as a number or a share, where the source has no such split.
         group_by_length: let samples of a step be of similar length, which saves padding.
@@ -80,8 +80,8 @@ class InstructionDataModule(LightningDataModule):
     tokenizer: PreTrainedTokenizerBase
 
     prompts_alone: bool = False
-    """Whether samples of which nothing is learnt are trained on; for those who answer them on the way. They are the last
-    ones of their split, and in validation and test in any case."""
+    """Whether samples of which nothing is learnt are trained on; for those who answer them on the way. They are the
+    last ones of the train split, and belong to the others in any case."""
 
     def __init__(
         self,
@@ -147,14 +147,16 @@ class InstructionDataModule(LightningDataModule):
             self.chat.introduce()
             records = split_records(self.source.load(), self.validation_size, self.test_size)
             lengths = Lengths(self.max_length, self.max_prompt_length, self.truncate)
+            self.pairing = None
             self.splits = {
                 split: tokenize(split, members, self.chat, lengths, self.num_workers)
                 for split, members in records.items()
             }
+            self.splits["train"] = learnt_first(self.splits["train"])
         if stage == "fit" and not self.prompts_alone and len(self.splits["train"]) and not self._learnable("train"):
             raise UsageError(
-                f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give samples "
-                "with a response or a text, or let the student answer the prompts."
+                f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give "
+                "samples with a response or a text, or let the student answer the prompts."
             )
         if self.trainer is None or stage not in ("fit", "test", "predict"):
             return
@@ -199,12 +201,12 @@ class InstructionDataModule(LightningDataModule):
         return LEARNT if self.pairing is None else (*LEARNT, *TEACHER)
 
     def _bound(self, positions: int | None) -> bool:
-        """Take no more tokens than models have positions, where the user has not said how many; whether that is news."""
+        """Take no more tokens than models have positions, where the user has not said how many; whether it does."""
         if self.max_length != MAX_LENGTH or positions is None or positions >= MAX_LENGTH:
             return False
         rank_zero_info(
-            f"data.max_length is {positions:,} instead of {MAX_LENGTH:,}: a model has no more positions, or the teacher's "
-            "cache no longer samples"
+            f"data.max_length is {positions:,} instead of {MAX_LENGTH:,}: a model has no more positions, or the "
+            "teacher's cache no longer samples"
         )
         self.max_length = positions
         return True
@@ -243,8 +245,8 @@ class InstructionDataModule(LightningDataModule):
         if left and not self._said:
             self._said = True
             rank_zero_info(
-                f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is to "
-                "be learnt of them"
+                f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is "
+                "to be learnt of them"
             )
         return self._loader("train", self._learnt, range(len(self.splits["train"]) - left), shuffle=True)
 

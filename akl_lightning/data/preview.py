@@ -33,7 +33,8 @@ def pieces(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterat
     edges = [0, *row["spans"], len(ids)]
     for number, (start, end) in enumerate(pairwise(edges)):
         if start < end:
-            yield _visible(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)), number % 2 == 1
+            text = str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
+            yield _visible(text), number % 2 == 1
 
 
 def title(split: str, number: int, count: int, row: Mapping[str, Any]) -> str:
@@ -75,8 +76,8 @@ def show(data: "InstructionDataModule", split: str, samples: int, tokens: bool, 
     rows = data.splits[split]
     marked = "bold and green" if coloured else f"between {OPEN} and {CLOSE}"
     console.print(
-        f"Template {_short(data.template)!r}, {data.chat.learn} learnt, at most {data.max_length:,} tokens; what is learnt "
-        f"stands {marked}, spaces and special tokens as they are.",
+        f"Template {_short(data.template)!r}, {data.chat.learn} learnt, at most {data.max_length:,} tokens; what is "
+        f"learnt stands {marked}, spaces and special tokens as they are.",
         markup=False,
     )
     shown = min(samples, len(rows))

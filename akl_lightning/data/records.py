@@ -68,7 +68,8 @@ def conversation(
         UnicodeEncodeError: a text holds half of a surrogate pair.
         TypeError: something that JSON cannot hold.
     """
-    written = _json(messages)
+    parts = [_json(message) for message in messages]
+    written = f"[{','.join(parts)}]"
     described = _json(tools) if tools else ""
     for text in (written, described, name, *references):
         text.encode()  # what Arrow would stumble over thousands of rows later
@@ -82,7 +83,7 @@ def conversation(
         "file": file,
         "line": line,
         "name": name,
-        "key": _first_bytes(name or _prompt(messages, described)),
+        "key": _first_bytes(name or _prompt(messages, parts, described)),
     }
 
 
@@ -96,7 +97,7 @@ def document(text: str, file: str, line: int) -> Row:
     return {**empty, "text": text, "form": "text", "file": file, "line": line, "key": _first_bytes(text)}
 
 
-def _prompt(messages: Sequence[Message], tools: str) -> str:
+def _prompt(messages: Sequence[Message], written: Sequence[str], tools: str) -> str:
     """What the last answer answers, as one text.
 
     For an instruction alone it is what earlier versions hashed, so that their samples stay in their splits.
@@ -105,22 +106,30 @@ def _prompt(messages: Sequence[Message], tools: str) -> str:
     before = messages if last is None else messages[:last]
     if len(before) == 1 and before[0]["role"] == "user" and isinstance(before[0]["content"], str) and not tools:
         return f"{before[0]['content']}\0{before[0].get('input', '')}"
-    return f"{_json(before)}\0{tools}"
+    return "\0".join([*written[: len(before)], tools])
 
 
 def _first_bytes(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def row_digest(row: Row) -> bytes:
+    """A digest of what a record says, wherever it stands."""
+    return _digest(row[column] for column in _CONTENT)
+
+
+def _digest(values: Iterable[Any]) -> bytes:
+    return hashlib.blake2b("\0".join(map(str, values)).encode(), digest_size=16).digest()
 
 
 def row_digests(records: datasets.Dataset) -> Iterable[bytes]:
-    """A digest of what each record says, wherever it stands."""
+    """:func:`row_digest` of each."""
     for batch in records.select_columns(list(_CONTENT)).with_format(None).iter(1000):
         for values in zip(*(batch[column] for column in _CONTENT), strict=True):
-            yield hashlib.blake2b("\0".join(map(str, values)).encode(), digest_size=16).digest()
+            yield _digest(values)
 
 
 def content_digest(*records: datasets.Dataset) -> str:

@@ -128,7 +128,7 @@ class Rendering:
                     raise
                 return write([{"content": "", **message} for message in messages])
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             said = next((_words(message) for message in messages if message.get("role") == "user"), "")
             whose = "the tokenizer's chat template" if self.template in (None, "chat") else "the chat template"
             raise SampleError(
@@ -166,8 +166,8 @@ class Rendering:
             if USER in prompt:
                 break
         whole = self.text([user, assistant]) if USER in prompt else ""
-        for text, found, who in ((USER, prompt, "user"), (ASSISTANT, whole, "assistant")):
-            if text not in found:
+        for text, who in ((USER, "user"), (ASSISTANT, "assistant")):
+            if text not in whole:
                 raise UsageError(
                     f"the chat template leaves out what the {who} says: mend it, or use the template plain or alpaca, "
                     "or another one."
@@ -192,7 +192,7 @@ class Rendering:
         if not self.user_head.startswith(bos):  # with which some begin every turn
             self.system = self.system.removeprefix(bos).strip()
         self.system = self.system if self.user_head else ""
-        self.writes_date = any(written in prompt for written in pinned_dates(self._text))
+        self.writes_date = any(written in prompt for written in pinned_dates(self._text).values())
         self.takes_parts = self.parts or self._takes_parts()
 
     def _say(self, role: str, text: str) -> Message:

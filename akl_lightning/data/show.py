@@ -13,8 +13,8 @@ def show_samples(args: list[str]) -> None:
     parser = OneSentenceParser(
         prog="akl show",
         usage="akl show [PATH] --data.tokenizer NAME [options]",
-        description="Show samples as a model sees them, what is learnt of them marked. PATH is a file, folder or pattern, "
-        "short for --data.source Files --data.source.path PATH.",
+        description="Show samples as a model sees them, what is learnt of them marked. PATH is a file, folder or "
+        "pattern, short for --data.source Files --data.source.path PATH.",
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="train", help="Which ones.")
     parser.add_argument("--samples", type=int, default=3, help="How many, spread over the split.")
@@ -29,7 +29,7 @@ def show_samples(args: list[str]) -> None:
     data.setup("show")
     if not len(data.splits[config.split]):
         raise UsageError(
-            f"{type(data.source).__name__} gives no {config.split} samples to show: give another split, or a source with "
-            "one."
+            f"{type(data.source).__name__} gives no {config.split} samples to show: give another split, or a source "
+            "with one."
         )
     show(data, config.split, config.samples, config.tokens)

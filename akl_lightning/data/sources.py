@@ -5,7 +5,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,21 +25,6 @@ from akl_lightning.errors import UsageError, first_line
 from akl_lightning.hub import out_of_reach
 
 __all__ = ["Docstrings", "Files", "HubDataset", "JsonLines", "Mixture", "PaperTestSet", "Source"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One instruction and the response to learn."""
-
-    instruction: str
-    output: str
-    input: str = ""
-    name: str = ""
-    """Decides the split; instruction and input decide where it is empty."""
-    references: tuple[str, ...] = ()
-    """Every acceptable response, where there are several."""
-    cut: bool = False
-    """Whether the response was cut off, so that no end-of-text is to be learnt after it."""
 
 
 class Files(Source):

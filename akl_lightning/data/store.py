@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
-from akl_lightning.data.records import RECORD_FEATURES, Row, row_digests
-from akl_lightning.errors import UsageError
+from akl_lightning.data.records import RECORD_FEATURES, Row, row_digest, row_digests
+from akl_lightning.errors import UsageError, first_line
 
 _ROWS, _CHARACTERS = 1000, 2**26
 """A batch ends at either: it lies in memory, and a column of it may not pass 2 GiB."""
@@ -53,11 +53,17 @@ def store(
     said = path.with_suffix(".json")
     # One process reads; others that start with it find what it has written.
     with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+        if not (path.exists() and said.exists()):
             notes: Counter = Counter(all=0)
-            with atomic_file(path) as file:
-                _write(file, rows(notes), notes)
-                said.write_text(json.dumps(notes))
+            try:
+                with atomic_file(path) as file:
+                    _write(file, rows(notes), notes)
+                    said.write_text(json.dumps(notes))
+            except OSError as error:  # of the disk: what is wrong with the files is a UsageError already
+                raise UsageError(
+                    f"cannot write the records of {where} to {folder}: {first_line(error)}; make room, or set "
+                    "HF_DATASETS_CACHE to another folder."
+                ) from error
     notes = Counter(json.loads(said.read_text()))
     total = notes.pop("all")
     for note, count in sorted(notes.items()):
@@ -78,18 +84,20 @@ def _open(path: Path, key: str | None) -> datasets.Dataset:
 
 def _write(path: Path, rows: Iterator[Row | None], notes: Counter) -> None:
     schema, batch, characters = RECORD_FEATURES.arrow_schema, [], 0
+    digests = bytearray()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for row in rows:
             notes["all"] += 1
             if row is None:
                 continue
             batch.append(row)
+            digests += row_digest(row)
             characters += len(row["messages"]) + len(row["text"])
             if len(batch) == _ROWS or characters > _CHARACTERS:
                 stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch, characters = [], 0
         stream.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    first = firsts(_open(path, "written"))
+    first = _firsts(digests)
     if not first.all():
         notes["dropped, there twice"] = int((~first).sum())
         _keep(path, first)
@@ -97,19 +105,20 @@ def _write(path: Path, rows: Iterator[Row | None], notes: Counter) -> None:
 
 def firsts(data: datasets.Dataset) -> np.ndarray:
     """``[records]`` bool: whether no record before says the same."""
-    digests = bytearray()
-    for digest in row_digests(data):
-        digests += digest
-    _, index = np.unique(np.frombuffer(bytes(digests), "S16"), return_index=True)
-    first = np.zeros(len(data), bool)
-    first[index] = True
+    return _firsts(b"".join(row_digests(data)))
+
+
+def _firsts(digests: bytes | bytearray) -> np.ndarray:
+    every = np.frombuffer(digests, "S16")
+    first = np.zeros(len(every), bool)
+    first[np.unique(every, return_index=True)[1]] = True
     return first
 
 
 def _keep(path: Path, mask: np.ndarray) -> None:
     kept = path.with_name(path.name + ".kept")
-    with pa.memory_map(str(path)) as mapped, pa.OSFile(str(kept), "wb") as file:
-        batches = pa.ipc.open_stream(mapped)
+    with pa.OSFile(str(path)) as written, pa.OSFile(str(kept), "wb") as file:
+        batches = pa.ipc.open_stream(written)
         with pa.ipc.new_stream(file, batches.schema) as stream:
             for batch in batches:
                 here, mask = mask[: batch.num_rows], mask[batch.num_rows :]

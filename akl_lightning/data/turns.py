@@ -136,6 +136,8 @@ class Turns:
         ends = [*self._ends.finditer(whole, start, stop)]
         if not ends:
             raise _unclear("it ends a turn of the assistant with none of its tokens for that")
+        if not calls and not _is_whole(whole[start : ends[-1].start()], content_text(message)):
+            raise SampleError("the chat template leaves out a part of what the assistant says.")
         return Turn(start, ends[-1].start(), ends[-1].end())
 
     def _start(
@@ -191,6 +193,12 @@ class Turns:
         """The conversation with another content of one message, in the form that it had."""
         content = [{"type": "text", "text": text}] if isinstance(messages[index].get("content"), list) else text
         return [*messages[:index], {**messages[index], "content": content}, *messages[index + 1 :]]
+
+
+def _is_whole(written: str, content: str) -> bool:
+    """Whether an answer is there, perhaps without a thought before it, or with the thought in another form."""
+    written, content = written.strip(), content.strip()
+    return content.rpartition("</think>")[2].strip() in written
 
 
 def _unclear(reason: str) -> SampleError:

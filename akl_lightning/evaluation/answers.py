@@ -22,9 +22,9 @@ from akl_lightning.parallel import ending_together, gather_objects
 
 Record = dict[str, Any]
 """``instruction`` and ``input``, of a longer conversation ``messages`` and ``tools`` beside the whole of it as
-``instruction``; ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at ``max_new_tokens``), ``seed``
-(None for greedy), and the settings: ``model`` (digest of its weights), ``max_new_tokens``, ``temperature`` (0 for greedy),
-``top_p``."""
+``instruction``; ``prompt``, ``references``, ``answer``, ``cut`` (whether it was cut off at ``max_new_tokens``),
+``seed`` (None for greedy), and the settings: ``model`` (digest of its weights), ``max_new_tokens``, ``temperature`` (0
+for greedy), ``top_p``."""
 
 _SETTINGS = ("model", "max_new_tokens", "temperature", "top_p")
 

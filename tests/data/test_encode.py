@@ -200,7 +200,8 @@ def test_what_is_cut_is_said_once_a_split(tokenizer, tmp_path: Path, caplog: pyt
     assert end == [
         f"train: 1 of 1 documents cut into {blocks} blocks of 20 tokens",
         f"train: 1 of 4 responses cut at 20 tokens, the longest has {longest[0]}: raise data.max_length",
-        f"train: 1 of 4 conversations cut at 20 tokens, of which they keep the first turns, the longest has {longest[3]}: "
+        f"train: 1 of 4 conversations cut at 20 tokens, of which they keep the first turns, the longest has "
+        f"{longest[3]}: "
         "raise data.max_length, or set data.truncate to start_turns to keep the last",
         f"train: 1 of 5 samples dropped, their prompts are longer than 19 tokens, the longest has {prompt}: raise "
         "data.max_length",

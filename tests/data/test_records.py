@@ -100,6 +100,7 @@ def test_several_acceptable_responses() -> None:
     row, _ = read({"instruction": "a", "output": [" ", "b", "c"]})
     assert row["references"] == ["b", "c"] and json.loads(row["messages"])[-1]["content"] == "b"
     assert read({"instruction": "a", "output": ["b"]})[0]["references"] == []
+    assert read({"instruction": "a", "output": [None, "b", "c"]})[0]["references"] == ["b", "c"]
     assert read({"prompt": "a", "completion": ["b", "c"]})[0]["references"] == ["b", "c"]
 
 
@@ -179,6 +180,13 @@ def test_answers_of_akl_generate_are_read_by_their_names() -> None:
     ]
     with pytest.raises(UsageError, match="line 7 has no field 'output' beside 'prompt', only instruction, input"):
         read(answer)
+    # Of a conversation, the messages are what is answered.
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    talk = {**answer, "instruction": "system: s\n\nuser: a", "input": "", "messages": messages, "tools": [TOOL]}
+    row, _ = read(talk, output="answer")
+    assert row["form"] == "messages" and json.loads(row["tools"]) == [TOOL] and row["cut"]
+    assert json.loads(row["messages"]) == [*messages, {"role": "assistant", "content": "b"}]
+    assert read({**talk, "answer": ""}, output="answer")[0] is None
 
 
 def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
@@ -190,7 +198,8 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
     ):
         assert read(record) == (None, Counter({"dropped, without a response": 1}))
         assert json.loads(read(record, "test")[0]["messages"]) == [{"role": "user", "content": "a"}]
-    for record in ({"instruction": " ", "output": "b"}, {"messages": []}, {"prompt": ""}):
+    alone = {"messages": [{"role": "assistant", "content": "b"}]}
+    for record in ({"instruction": " ", "output": "b"}, {"messages": []}, {"prompt": ""}, alone):
         assert read(record) == (None, Counter({"dropped, without a prompt": 1}))
 
 
@@ -221,6 +230,7 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
         ({"instruction": "a", "output": "b", "history": [["p"]]}, "the field 'history' has .*, which is no pair"),
         ({"instruction": "\ud800", "output": "b"}, r"line 7 is no JSON in UTF-8 \(.*surrogates"),
         ({"instruction": "a", "output": "b\udfff"}, r"line 7 is no JSON in UTF-8 \(.*surrogates"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "b"}]}, "the field 'completion' does not end"),
         ({"chosen": "Human: a", "rejected": "b"}, "has a chosen response without a prompt"),
         ({"prompt": "z", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
          "has a prompt that is not among the chosen messages"),
@@ -238,6 +248,20 @@ def test_bad_records_are_one_sentence(record: dict[str, Any], message: str) -> N
 def test_one_field_for_two_things() -> None:
     with pytest.raises(UsageError, match="the field 'answer' cannot be both instruction and output"):
         Forms(instruction="answer", output="answer")
+    with pytest.raises(UsageError, match="the field 'dialog' cannot be both messages and text"):
+        Forms(messages="dialog", text="dialog")
+
+
+def test_fields_of_other_names() -> None:
+    assert said({"question": "a", "reply": "b", "id": 1}, instruction="question", output="reply") == TWO
+    # What is a form by itself may be one of a pair's fields.
+    assert said({"text": "a", "summary": "b"}, instruction="text", output="summary") == TWO
+    assert said({"text": "a"}, instruction="text", output="summary") == TWO[:1]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert said({"dialog": messages, "messages": "none"}, messages="dialog") == TWO
+    assert said({"messages": messages[:1], "label": "b"}, instruction="messages", output="label") == TWO
+    # Others beside them are told as ever.
+    assert said({"messages": messages}, instruction="question", output="reply") == TWO
 
 
 def test_a_single_instruction_keeps_its_place_among_the_splits() -> None:

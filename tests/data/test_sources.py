@@ -211,6 +211,7 @@ PAIR = b'{"instruction": "a", "output": "b"}\n'
         ("a.json", b"[]", "has no usable record left among 0"),
         ("a.csv", b"instruction,output\na,b,c\n", "line 2 has more or fewer fields than the heading"),
         ("a.csv", b"instruction,output\na,b\na\n", "line 3 has more or fewer fields than the heading"),
+        ("a.csv", b"instruction,output,output\na,b,c\n", "line 1 has the field 'output' twice"),
         ("a.csv", b'instruction,output\na,"b\n', r"after line \d+: it is no CSV in UTF-8"),
         ("a.csv", b"instruction,output\n\xff,b\n", "it is no CSV in UTF-8"),
         ("a.csv", b"question,answer\na,b\n", "line 2 fits no form, its fields are question, answer"),
@@ -292,6 +293,17 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path: Path, cache: Path) -> No
     with pytest.raises(UsageError, match="line 101 is no JSON"):
         Files(path).load()
     assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", lines(*PAIRS))
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc, "new_stream", full)
+    with pytest.raises(UsageError, match=r"cannot write the records of .*a\.jsonl to .*No space left on device; make"):
+        Files(path).load()
 
 
 def test_without_caching(tmp_path: Path, cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers as makers of models publish them, rebuilt small: their special tokens, chat templates and ways to begin a text."""
+"""Tokenizers as makers of models publish them, rebuilt small: special tokens, chat templates, how a text begins."""
 
 import json
 
@@ -46,7 +46,8 @@ LLAMA3 = """\
     {%- elif message.role == "tool" %}
         {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" + message.content | tojson + "<|eot_id|>" }}
     {%- else %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -162,7 +163,8 @@ MISTRAL = """\
     {%- elif message["role"] == "assistant" %}
         {{- " " + message["content"] + eos_token }}
     {%- elif message["role"] == "tool" %}
-        {{- '[TOOL_RESULTS] {"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content }}
+        {{- ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
     {%- else %}
         {{- raise_exception("Only user and assistant roles are supported") }}
     {%- endif %}
@@ -189,6 +191,14 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """ChatML with marks around the content alone."""
+
+HARMONY = (
+    "{% for message in messages %}{{ '<|start|>' + message.role }}"
+    "{% if message.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}{{ '<|message|>' + message.content }}"
+    "{{ '<|return|>' if loop.last and message.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+"""The form of gpt-oss, which ends the last turn with another token."""
 
 PHI3 = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
@@ -278,6 +288,11 @@ def smolvlm() -> PreTrainedTokenizerBase:
 def phi3() -> PreTrainedTokenizerBase:
     special = ["<s>", "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     return byte_level(special, PHI3, bos_token="<s>", eos_token="<|endoftext|>")
+
+
+def harmony() -> PreTrainedTokenizerBase:
+    special = ["<|endoftext|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+    return byte_level(special, HARMONY, eos_token="<|return|>", pad_token="<|endoftext|>")
 
 
 def gpt2() -> PreTrainedTokenizerBase:

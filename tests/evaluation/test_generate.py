@@ -170,7 +170,7 @@ def test_any_split_and_prompts_without_a_reference(tokenizer, tmp_path: Path) ->
         figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "a.jsonl", Decoding(max_new_tokens=4))
     assert [group[0]["references"] for group in answers] == [[], ["one", "two"], ["one", "two"]]
     assert figures["fkl"] > 0, "the sample without a response has no part in it"
-    with pytest.raises(UsageError, match="JsonLines gives no train pairs"):
+    with pytest.raises(UsageError, match="JsonLines gives no train samples"):
         Trainer(**QUIET, max_epochs=1).fit(module, data)
 
 

@@ -13,7 +13,9 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from recipes.compare_divergences import BASELINES, difference, draw, spread
+from akl_lightning.data.records import content_digest
+from akl_lightning.data.sources import Files
+from recipes.compare_divergences import BASELINES, difference, draw, line_of, spread, write_lines
 from tests.commands.start import python
 from tests.conftest import PAIRS, gpt2
 
@@ -91,6 +93,22 @@ def test_killed_then_two_at_once_and_a_report(folder: Path) -> None:
 
     assert "holds runs with another train_size" in finish(start(folder, *arguments, "--train_size", "10"), code=2)
     assert "there is no baseline 'x': use some of akl, " in finish(start(folder, "--baselines", "[x]"), code=2)
+
+
+def test_what_is_written_down_is_read_as_it_was(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    records = [
+        {"instruction": "a", "input": 0, "output": ["b", "c"]},
+        {"messages": [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "1"},
+                      {"role": "assistant", "content": "b", "learn": False}], "tools": [{"name": "f"}], "cut": True},
+        {"text": "A document."},
+        {"prompt": "a"},
+    ]  # fmt: skip
+    write_lines(tmp_path / "one.jsonl", records)
+    one = Files(test_path=str(tmp_path / "one.jsonl")).load()["test"]
+    write_lines(tmp_path / "two.jsonl", map(line_of, one))
+    two = Files(test_path=str(tmp_path / "two.jsonl")).load()["test"]
+    assert len(two) == 4 and content_digest(one) == content_digest(two) and one["key"] == two["key"]
 
 
 def test_differences_by_hand() -> None:

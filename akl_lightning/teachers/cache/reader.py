@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,7 +108,7 @@ class CachedTeacher(Teacher):
     def fingerprint(self) -> str:
         return self.manifest["teacher"]["weights"]
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The one beside the teacher, where that is still the one that the cache was made with."""
         found = tokenizer_of(self.manifest["teacher"]["name"])
