@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.compat import has_forward_hooks
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import Classes, Columns, take
 from akl_lightning.products import MULTIPLE, add_product, columns_for, in_range, multiply, resized
 
 
@@ -58,7 +59,20 @@ class TopLogProbs:
     vocab_size: int
 
 
-Logits = Tensor | Projection | TopLogProbs
+@dataclass(frozen=True)
+class Merged:
+    """A teacher over another vocabulary than the student's, to be compared in classes of the outputs of both.
+
+    Args:
+        logits: the teacher's, over its own vocabulary.
+        classes: of every output of the student and of the teacher.
+    """
+
+    logits: Tensor | Projection
+    classes: Classes
+
+
+Logits = Tensor | Projection | TopLogProbs | Merged
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
 
 
@@ -68,12 +82,16 @@ def rows_of(logits: Logits, tokens: slice) -> Logits:
         return logits[tokens]
     if isinstance(logits, Projection):
         return replace(logits, hidden=logits.hidden[tokens])
+    if isinstance(logits, Merged):
+        return replace(logits, logits=rows_of(logits.logits, tokens))  # type: ignore[arg-type]
     parts = {name: getattr(logits, name)[tokens] for name in ("log_probs", "tokens", "rest")}
     return replace(logits, **parts)
 
 
 def side_of(logits: Logits) -> "Side":
-    """The side that makes these logits."""
+    """The side that makes these logits; a merged teacher's are those over its own vocabulary."""
+    if isinstance(logits, Merged):
+        return side_of(logits.logits)
     if isinstance(logits, Tensor):
         return ReadyMade((logits,), logits.shape[-1])
     if isinstance(logits, TopLogProbs):
@@ -98,6 +116,9 @@ class Side(ABC):
     """
 
     wants_gradient = False
+    columns_of: Columns | None = None
+    """How its outputs are arranged, if not as they come."""
+
     spare = 0
     """Columns behind the vocabulary that a side wants for itself."""
 
@@ -106,10 +127,19 @@ class Side(ABC):
         self.outputs = outputs
         self.gradients: list[Tensor | None] = [None] * len(inputs)
 
+    def arrange(self, name: str, columns: Columns) -> None:
+        """Arrange the logits of each chunk like this; their gradient is taken back from there."""
+        if len(columns.place) != self.outputs:
+            raise UsageError(
+                f"the {name} has {self.outputs:,} outputs, and the classes are of {len(columns.place):,}: give each "
+                "output a class, padding too."
+            )
+        self.columns_of, self.outputs = columns, len(columns.order)
+
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         """Take the memory for the logits of so many tokens, and of so many outputs if there are."""
         device = self.inputs[0].device
-        self.vocab = min(vocab, self.outputs)
+        self.vocab = self.outputs if self.columns_of else min(vocab, self.outputs)
         self.columns = columns_for(self.vocab, device)
         self.logits = torch.empty((rows, self.columns + self.spare), dtype=dtype, device=device)
         if self.wants_gradient:
@@ -137,7 +167,8 @@ class Side(ABC):
 
 class ReadyMade(Side):
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
-        given = self.inputs[0].detach()[chunk, : self.vocab]
+        given = self.inputs[0].detach()[chunk]
+        given = take(given, self.columns_of.order) if self.columns_of else given[:, : self.vocab]
         logits = self.logits[: len(given), : self.vocab].copy_(given)
         if given.dtype == torch.float16:  # what masks in it would be a number like any other
             logits.masked_fill_(given <= torch.finfo(torch.float16).min, -torch.inf)
@@ -145,7 +176,10 @@ class ReadyMade(Side):
 
     def accumulate(self, chunk: slice, gradient: Tensor) -> None:
         if (total := self.gradients[0]) is not None:
-            total[chunk, : self.vocab] = gradient
+            if self.columns_of:
+                total[chunk] = take(gradient, self.columns_of.place)
+            else:
+                total[chunk, : self.vocab] = gradient
 
 
 class TopAlone(Side):
@@ -171,10 +205,22 @@ class LinearHead(Side):
         if device != "cuda":  # elsewhere no product of lower precision comes out in float32
             self.dtype = torch.promote_types(self.dtype, torch.float32)
 
+    def arrange(self, name: str, columns: Columns) -> None:
+        """Arrange the logits of each chunk like this; their gradient is taken back from there."""
+        if len(columns.place) != self.outputs:
+            raise UsageError(
+                f"the {name} has {self.outputs:,} outputs, and the classes are of {len(columns.place):,}: give each "
+                "output a class, padding too."
+            )
+        self.columns_of, self.outputs = columns, len(columns.order)
+
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         super().prepare(rows, vocab, dtype)
         # Views, or one copy in the precision of the products and with as many rows as columns; not one a chunk.
-        hidden, weight, *bias = (tensor.detach() for tensor in self.inputs)
+        hidden, *parameters = (tensor.detach() for tensor in self.inputs)
+        if self.columns_of:  # once, and nothing is left to be done for the outputs that are alone in their class
+            parameters = [tensor.index_select(0, self.columns_of.order) for tensor in parameters]
+        weight, *bias = parameters
         self.hidden, self.weight = hidden.to(self.dtype), resized(weight.to(self.dtype), self.columns)
         self.bias = resized(bias[0].to(dtype), self.columns) if bias else None
         # In the precision of the products, but where more is done to it before it enters them.
@@ -189,8 +235,13 @@ class LinearHead(Side):
         return super().zeros(tensor.detach()[:1].expand(self.columns, *tensor.shape[1:]))
 
     def sums(self) -> list[Tensor | None]:
-        pairs = zip(self.gradients, self.inputs, strict=True)
-        return [None if total is None else total[: len(tensor)] for total, tensor in pairs]
+        sums = [
+            None if total is None else total[: len(x)] for total, x in zip(self.gradients, self.inputs, strict=True)
+        ]
+        if self.columns_of:
+            place = self.columns_of.place
+            sums[1:] = [None if total is None else total.index_select(0, place) for total in self.gradients[1:]]
+        return sums
 
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         hidden = self.hidden[chunk]
@@ -245,13 +296,20 @@ class ModuleHead(Side):
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         with torch.set_grad_enabled(self.wants_gradient), self.autocast():
             self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wants_gradient)
-            self.own: Tensor | None = self.head(self.hidden)[:, : self.vocab]
+            self.own: Tensor | None = self.head(self.hidden)
+            if not self.columns_of:
+                self.own = self.own[:, : self.vocab]
             if self.soft_cap is not None:
                 self.own = torch.tanh(self.own / self.soft_cap) * self.soft_cap
-        return self.logits[: len(self.hidden), : self.vocab].copy_(self.own.detach())
+        own = self.own.detach()
+        if self.columns_of:
+            own = take(own, self.columns_of.order)
+        return self.logits[: len(self.hidden), : self.vocab].copy_(own)
 
     def accumulate(self, chunk: slice, gradient: Tensor) -> None:
         assert self.own is not None
+        if self.columns_of:
+            gradient = take(gradient, self.columns_of.place)
         factor, scale = in_range(gradient, self.own.dtype, self.hidden.detach())
         parts = torch.autograd.grad(self.own, (self.hidden, *self.inputs[1:]), factor, allow_unused=True)
         for index, (part, total) in enumerate(zip(parts, self.gradients, strict=True)):
