@@ -35,10 +35,10 @@ from akl_lightning.optimization import make_optimizer
 from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_module
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
-from akl_lightning.teachers.aligned import Alignment, weights, with_bytes, with_own_tokenizer
+from akl_lightning.teachers.aligned import Alignment, compare_aligned, with_own_tokenizer
 from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean, with_router_loss
-from akl_lightning.tokenizers.bytes import TokenBytes, bytes_of
+from akl_lightning.tokenizers.bytes import TokenBytes, bytes_of, lengths
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -122,8 +122,7 @@ class DistillationModule(LightningModule):
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
-        plain = {"student": student, "teacher": teacher}
-        plain = {name: value for name, value in plain.items() if isinstance(value, str | dict | None)}
+        plain = [n for n, v in (("student", student), ("teacher", teacher)) if isinstance(v, str | dict | None)]
         names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing", "save_frozen")
         self.save_hyperparameters(*plain, *names, "alignment", logger=False)
         if lora is not None:
@@ -144,11 +143,9 @@ class DistillationModule(LightningModule):
             self.student.checkpoint_activations()
         if compile:
             self.student.compile_body()
-        how = trust_remote_code, teacher_precision, attn_implementation
-        self.teacher = choose_teacher(teacher, self.student, *how)
+        self.teacher = choose_teacher(teacher, self.student, trust_remote_code, teacher_precision, attn_implementation)
         self.alignment = alignment
         self.tokens: TokenBytes | None = None
-        """What the data's tokens say in bytes, where that is known."""
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -190,8 +187,8 @@ class DistillationModule(LightningModule):
     # No property named tokenizer, which subclasses like to set.
     def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The data module's, else the one that lies beside student or teacher, or None."""
-        facts = facts_of_run(trainer_of(self))
-        return facts.tokenizer or self.model_tokenizers["student"] or self.model_tokenizers["teacher"]
+        of_data = facts_of_run(trainer_of(self)).tokenizer
+        return of_data or self.model_tokenizers["student"] or self.model_tokenizers["teacher"]
 
     @property
     def in_step(self) -> bool:
@@ -214,8 +211,7 @@ class DistillationModule(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Find on the host what would have to be waited for on a GPU."""
-        complete = isinstance(batch, Mapping) and all(key in batch for key in KEYS)
-        return self.prepare_batch(batch) if complete else batch
+        return self.prepare_batch(batch) if isinstance(batch, Mapping) and batch.keys() >= set(KEYS) else batch
 
     def prepare_batch(self, batch: Batch) -> dict[str, Any]:
         """Add to a batch what is found from it on the host: a subclass with a transfer hook of its own calls it there.
@@ -235,11 +231,9 @@ class DistillationModule(LightningModule):
         response = response_of(batch, self.criterion)
         check_batch(self, batch)
         self.student.check_inputs(batch, "student")
-        prepared = {**batch, "response": response, "layout": lay_out(batch)}
+        prepared = {**batch, "response": response, "layout": lay_out(batch), **lengths(self.tokens, response.labels)}
         if self.student.packing:
             prepared["packed"] = pack(batch)
-        if self.tokens is not None:
-            prepared["bytes"] = self.tokens.lengths(response.labels)
         return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
 
     def distill(self, batch: Batch) -> CriterionOutput:
@@ -253,9 +247,7 @@ class DistillationModule(LightningModule):
         try:
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
-            alpha = weights(batch, self.criterion.alpha)
-            of_tokens = self.compare(student, teacher, labels, *([] if alpha is None else [alpha]))
-            output = with_bytes(of_tokens, batch)
+            output = compare_aligned(self, batch, student, teacher, labels)
             if (router_loss := self.student.take_router_loss()) is not None:
                 output = with_router_loss(output, router_loss)
         finally:
@@ -356,9 +348,6 @@ class DistillationModule(LightningModule):
             self.reshard()
 
     on_predict_epoch_end = _release
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Optimization and checkpoints
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its schedule.

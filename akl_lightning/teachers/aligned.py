@@ -19,7 +19,7 @@ from akl_lightning.metrics import OF_STUDENT
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.packing import pack
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
-from akl_lightning.projection import Merged, rows_of
+from akl_lightning.projection import Logits, Merged, rows_of
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.tokenizers.alignment import NONE
 from akl_lightning.tokenizers.classes import Vocabulary, find_partition
@@ -109,8 +109,7 @@ class AlignedTeacher(Teacher):
     def __call__(self, batch: Batch, positions: Tensor) -> Merged:
         """Logits over the teacher's own vocabulary, with the classes over which they are compared."""
         own: Mapping[str, Any] = batch["of_teacher"]
-        if self.classes.student.device != positions.device:  # where nothing has moved it with the module
-            self.classes = self.classes.to(positions.device)
+        self.classes = self.classes.to(positions.device)  # where nothing has moved it with the module
         logits = self.teacher(own, own["response"])
         return Merged(rows_of(logits, batch["places"]), self.classes)
 
@@ -217,19 +216,20 @@ def read_by_teacher(
     return facts.tokenizer, template, facts.max_length
 
 
-def weights(batch: Batch, alpha: float) -> Tensor | None:
-    """The weight of the divergence at each token, ``[tokens]``, where it is not ``alpha`` at all of them."""
-    aligned = batch.get("is_aligned")
-    return None if aligned is None else torch.where(aligned, alpha, 0.0)
+def compare_aligned(
+    module: "DistillationModule", batch: Batch, student: Logits, teacher: Logits | None, labels: Tensor
+) -> CriterionOutput:
+    """What a batch costs, with the ``bytes`` of each token and whether it is ``aligned`` among its statistics.
 
-
-def with_bytes(output: CriterionOutput, batch: Batch) -> CriterionOutput:
-    """What a batch cost with what is known of its text: the ``bytes`` of each token, and whether it is ``aligned``.
-
-    What compares with the teacher is NaN where there is none to compare with.
+    Where the teacher does not stand at the same byte there is cross entropy alone, with weight 1, and what compares with
+    the teacher is NaN.
     """
-    statistics = output.statistics | ({"bytes": batch["bytes"]} if "bytes" in batch else {})
     aligned = batch.get("is_aligned")
+    if aligned is None:  # a subclass may know nothing of weights
+        output = module.compare(student, teacher, labels)
+    else:
+        output = module.compare(student, teacher, labels, torch.where(aligned, module.criterion.alpha, 0.0))
+    statistics = output.statistics | ({"bytes": batch["bytes"]} if "bytes" in batch else {})
     if aligned is not None:
         for name in statistics.keys() - {"bytes", *OF_STUDENT}:
             statistics[name] = statistics[name].masked_fill(~aligned, torch.nan)

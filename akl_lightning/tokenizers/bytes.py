@@ -193,6 +193,11 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase | None) -> TokenBytes | None:
         return None
 
 
+def lengths(tokens: TokenBytes | None, labels: Tensor) -> dict[str, Tensor]:
+    """The entry ``bytes`` of a batch, how many each of its labels says, where that is known."""
+    return {} if tokens is None else {"bytes": tokens.lengths(labels)}
+
+
 def _text(piece: bytes) -> str | None:
     try:
         return piece.decode()
