@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -248,8 +249,7 @@ class DistillationModule(LightningModule):
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
             output = compare_aligned(self, batch, student, teacher, labels)
-            if (router_loss := self.student.take_router_loss()) is not None:
-                output = with_router_loss(output, router_loss)
+            output = with_router_loss(output, self.student.take_router_loss())
         finally:
             if self.teacher is not None:
                 self.teacher.release()
@@ -361,16 +361,8 @@ class DistillationModule(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Step with gradients that are means over all response tokens of the step."""
-
-        def closure() -> Any:
-            loss = optimizer_closure() if optimizer_closure is not None else None
-            if loss is None:  # Lightning leaves a batch out for which training_step returns None
-                self.step_mean.leave_out(batch_idx)
-            mean = self.step_mean.average(self)
-            self.log("train/loss_step", mean, prog_bar=True, on_step=True, on_epoch=False)
-            return loss
-
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        closed = partial(self.step_mean.close, self, batch_idx, optimizer_closure)
+        super().optimizer_step(epoch, batch_idx, optimizer, closed)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None

@@ -76,7 +76,7 @@ Logits = Tensor | Projection | TopLogProbs | Merged
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
 
 
-def rows_of(logits: Logits, tokens: slice) -> Logits:
+def rows_of(logits: Logits, tokens: slice | Tensor) -> Logits:
     """Those of some tokens alone."""
     if isinstance(logits, Tensor):
         return logits[tokens]

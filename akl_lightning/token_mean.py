@@ -5,8 +5,8 @@ ranks on the device. The host reads it one step later on a GPU, so that the devi
 """
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -74,6 +74,14 @@ class StepMean:
         """
         self._micro_batches.append(MicroBatch(batch_idx, loss.detach(), cross_entropy.sum(), cross_entropy.numel()))
 
+    def close(self, module: "DistillationModule", batch_idx: int, closure: Callable[[], Any] | None) -> Any:
+        """Run the last micro-batch of an optimizer step, then let the gradients be means; log the step's loss."""
+        loss = closure() if closure is not None else None
+        if loss is None:  # Lightning leaves a batch out for which training_step returns None
+            self.leave_out(batch_idx)
+        module.log("train/loss_step", self.average(module), prog_bar=True, on_step=True, on_epoch=False)
+        return loss
+
     def leave_out(self, batch_idx: int) -> None:
         """Count nothing of a micro-batch that gets no backward pass.
 
@@ -140,7 +148,7 @@ class StepMean:
                 raise UsageError(_sentence(step, module, loss, cross_entropy, self._infinite))
 
 
-def with_router_loss(output: CriterionOutput, router_loss: Tensor) -> CriterionOutput:
+def with_router_loss(output: CriterionOutput, router_loss: Tensor | None) -> CriterionOutput:
     """Add the loss of a mixture of experts' router to what a micro-batch costs.
 
     ``transformers`` adds it to a mean over tokens, so each response token of the micro-batch gets it here. It depends
@@ -148,8 +156,10 @@ def with_router_loss(output: CriterionOutput, router_loss: Tensor) -> CriterionO
 
     Args:
         output: of the criterion.
-        router_loss: a scalar, weighted.
+        router_loss: a scalar, weighted; None of a model without one.
     """
+    if router_loss is None:
+        return output
     statistics, router_loss = output.statistics, router_loss.to(output.loss.dtype)
     of_token = router_loss.detach().expand_as(statistics["loss"])
     statistics = {**statistics, "loss": statistics["loss"] + of_token, "router_loss": of_token}

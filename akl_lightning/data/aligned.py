@@ -13,6 +13,8 @@ from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.encode import cache_file, content_of
 from akl_lightning.data.messages import content_text
 from akl_lightning.errors import UsageError
+from akl_lightning.tokenizers import alignment
+from akl_lightning.tokenizers import bytes as bytes_
 from akl_lightning.tokenizers.alignment import NONE, Side, align
 from akl_lightning.tokenizers.bytes import TokenBytes
 
@@ -23,6 +25,8 @@ FEATURES = {
 
 _READ = ("messages", "tools", "cut", "file", "line", "input_ids", "spans", "turns")
 """Columns of a split that its other side depends on."""
+
+_CODE = [inspect.getsource(part) for part in (alignment, bytes_)]
 
 REFUSED = 0.05
 """Share of samples that may be said otherwise by the teacher's tokenizer, and be dropped for that."""
@@ -216,7 +220,7 @@ def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int
     depends_on = [
         content_of(rows, _READ)[0],
         pairing.digest,
-        *map(inspect.getsource, (Pairing, align, Side, TokenBytes)),
+        *_CODE,
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     return rows.map(

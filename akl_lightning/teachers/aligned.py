@@ -19,7 +19,7 @@ from akl_lightning.metrics import OF_STUDENT
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.packing import pack
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
-from akl_lightning.projection import Logits, Merged, rows_of
+from akl_lightning.projection import Logits, Merged, Projection, rows_of
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.tokenizers.alignment import NONE
 from akl_lightning.tokenizers.classes import Vocabulary, find_partition
@@ -110,8 +110,9 @@ class AlignedTeacher(Teacher):
         """Logits over the teacher's own vocabulary, with the classes over which they are compared."""
         own: Mapping[str, Any] = batch["of_teacher"]
         self.classes = self.classes.to(positions.device)  # where nothing has moved it with the module
-        logits = self.teacher(own, own["response"])
-        return Merged(rows_of(logits, batch["places"]), self.classes)
+        logits = rows_of(self.teacher(own, own["response"]), batch["places"])
+        assert isinstance(logits, Tensor | Projection)
+        return Merged(logits, self.classes)
 
     def release(self) -> None:
         self.teacher.release()
@@ -148,7 +149,9 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     """
     teacher, facts = module.teacher, facts_of_run(module.trainer)
     inner = teacher.teacher if isinstance(teacher, AlignedTeacher) else teacher
-    own = facts.teacher_tokenizer or module.model_tokenizers["teacher"] or (inner and inner.tokenizer)
+    own = facts.teacher_tokenizer or module.model_tokenizers["teacher"]
+    if own is None and inner is not None:
+        own = inner.tokenizer
     here = facts.tokenizer or module.model_tokenizers["student"]
     if inner is None or own is None or here is None or own.get_vocab() == here.get_vocab():
         if facts.pairing is not None:  # for a teacher before
@@ -185,8 +188,8 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     classes = find_partition(*sides)
     shared = len(set(pairing.student.bytes) & set(pairing.teacher.bytes) - {None})
     rank_zero_info(
-        f"Teacher and student have different tokenizers: {shared:,} tokens are in both, {classes.count:,} classes over "
-        f"{sides[1].outputs:,} and {sides[0].outputs:,} outputs are compared where both stand at the same byte; "
+        f"Teacher and student have different tokenizers: {shared:,} tokens are in both, {classes.classes:,} classes "
+        f"over {sides[1].outputs:,} and {sides[0].outputs:,} outputs are compared where both stand at the same byte; "
         "elsewhere the student has cross entropy alone"
     )
     return AlignedTeacher(inner, Classes(*classes), own, pairing, module.student.packing)
@@ -206,8 +209,8 @@ def read_by_teacher(
         Its tokenizer; name and digest of its template; tokens of its longest sample. Each None where it is not known.
     """
     facts = facts_of(data)
-    own = facts.teacher_tokenizer or tokenizer_of(name)
-    if None not in (own, facts.tokenizer) and own.get_vocab() != facts.tokenizer.get_vocab() and hasattr(data, "align"):
+    own, here = facts.teacher_tokenizer or tokenizer_of(name), facts.tokenizer
+    if own is not None and here is not None and own.get_vocab() != here.get_vocab() and hasattr(data, "align"):
         chat = data.align(own, teacher.longest).chats[1]
         return own, {"name": chat.template, "digest": chat.digest}, None
     template = None
@@ -221,8 +224,8 @@ def compare_aligned(
 ) -> CriterionOutput:
     """What a batch costs, with the ``bytes`` of each token and whether it is ``aligned`` among its statistics.
 
-    Where the teacher does not stand at the same byte there is cross entropy alone, with weight 1, and what compares with
-    the teacher is NaN.
+    Where the teacher does not stand at the same byte there is cross entropy alone, with weight 1, and what compares
+    with the teacher is NaN.
     """
     aligned = batch.get("is_aligned")
     if aligned is None:  # a subclass may know nothing of weights

@@ -33,7 +33,7 @@ class Partition(NamedTuple):
     teacher: Tensor
     """``[outputs of the teacher]``, likewise."""
 
-    count: int
+    classes: int
     """Number of classes."""
 
 
@@ -90,16 +90,15 @@ def partition(student: Vocabulary, teacher: Vocabulary) -> Partition:
     for side, other in ((0, 1), (1, 0)):
         alone = [of for of in by_bytes[side] if of not in shared]
         begun = sides[other].tokens.first_tokens(alone)
-        for of, token in zip(alone, begun, strict=True):
-            known = token is not None and token < nodes[other] and token not in sides[other].ends
-            edges.append((by_bytes[side][of], first[other] + int(token) if known else rest))  # type: ignore[arg-type]
+        for of, begin in zip(alone, begun, strict=True):
+            known = begin is not None and begin < nodes[other] and begin not in sides[other].ends
+            edges.append((by_bytes[side][of], first[other] + begin if known and begin is not None else rest))
     ends = np.array(edges).T
     graph = coo_array((np.ones(len(edges), bool), (ends[0], ends[1])), shape=(rest + 1, rest + 1))
     _, classes = connected_components(graph, directed=False)
     # The last is the rest, and none is of the two extra nodes alone.
     order = np.where(classes[:end] == classes[rest], np.iinfo(np.int32).max, classes[:end])
-    _, numbers = np.unique(order, return_inverse=True)
-    numbers = torch.from_numpy(numbers.astype(np.int64))
+    numbers = torch.from_numpy(np.unique(order, return_inverse=True)[1].astype(np.int64))
     return _counted(numbers[: nodes[0]], numbers[nodes[0] :])
 
 
@@ -130,5 +129,5 @@ def members(partition: Partition, side: str) -> list[np.ndarray]:
     """Tokens of one side in each class."""
     classes: np.ndarray = getattr(partition, side).numpy()
     order = np.argsort(classes, kind="stable")
-    bounds: Sequence[int] = np.searchsorted(classes[order], np.arange(partition.count + 1)).tolist()
+    bounds: Sequence[int] = np.searchsorted(classes[order], np.arange(partition.classes + 1)).tolist()
     return [order[start:stop] for start, stop in pairwise(bounds)]

@@ -86,15 +86,15 @@ def compare_tokenizers(teacher: str, student: str, text: Path | None = None, tru
         UsageError: a tokenizer or text that cannot be read, or does not tell the bytes of its tokens.
     """
     texts = list(_paragraphs(text)) if text is not None else _documentation()
-    sides = [
+    mine, yours = (
         vocabulary_of(load_tokenizer(name, trust_remote_code), role)
         for name, role in ((student, "student"), (teacher, "teacher"))
-    ]
-    classes = partition(*sides)
+    )
+    classes = partition(mine, yours)
     console = Console()
-    console.print(vocabulary_table(*sides, classes))
-    console.print(class_table(*sides, classes))
-    console.print(text_table(count_pair(*sides, classes, texts), sum(len(one.encode()) for one in texts)))
+    console.print(vocabulary_table(mine, yours, classes))
+    console.print(class_table(mine, yours, classes))
+    console.print(text_table(count_pair(mine, yours, classes, texts), sum(len(one.encode()) for one in texts)))
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
@@ -115,10 +115,10 @@ def vocabulary_table(student: Vocabulary, teacher: Vocabulary, classes: Partitio
     """How the two vocabularies meet."""
     said = [{of for token in range(side.outputs) if (of := side.of(token))} for side in (student, teacher)]
     shared = len(said[0] & said[1])
-    table = Table("", "student", "teacher", title=f"{classes.count:,} classes over both vocabularies", min_width=60)
+    table = Table("", "student", "teacher", title=f"{classes.classes:,} classes over both vocabularies", min_width=60)
     table.add_row("tokens", *(f"{side.outputs:,}" for side in (student, teacher)))
     table.add_row("shared", *(_share(shared, side.outputs) for side in (student, teacher)))
-    rest = [(sides == classes.count - 1).sum().item() for sides in (classes.student, classes.teacher)]
+    rest = [(sides == classes.classes - 1).sum().item() for sides in (classes.student, classes.teacher)]
     table.add_row("in the last class, of what cannot be compared", *(f"{number:,}" for number in rest))
     lacking = [side.tokens.lacking() for side in (student, teacher)]
     table.add_row("bytes that no token says", *(_some([f"{byte:02x}" for byte in of]) for of in lacking))
@@ -128,7 +128,7 @@ def vocabulary_table(student: Vocabulary, teacher: Vocabulary, classes: Partitio
 def class_table(student: Vocabulary, teacher: Vocabulary, classes: Partition) -> Table:
     """The largest classes, with some of their tokens."""
     sides = members(classes, "student"), members(classes, "teacher")
-    order = sorted(range(classes.count), key=lambda number: -len(sides[0][number]) - len(sides[1][number]))
+    order = sorted(range(classes.classes), key=lambda number: -len(sides[0][number]) - len(sides[1][number]))
     table = Table("student", "teacher", title="The largest classes", min_width=60)
     for number in order[:_LARGEST]:
         of = [

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from akl_lightning.kernels.classes import Classes
 from lightning.pytorch import Trainer
 from tokenizers import normalizers
 from torch.utils.data import DataLoader
@@ -20,6 +19,7 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import Classes
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Merged
 from akl_lightning.teachers.aligned import AlignedTeacher
@@ -256,8 +256,9 @@ def test_special_tokens_by_another_name_are_nearly_equal_vocabularies(corpus: st
     trainer = fitted(module, data)
     assert trainer.callback_metrics["train/aligned"] == 1
     classes = module.teacher.classes
-    assert classes.student[one.convert_tokens_to_ids(END)] == classes.teacher[other.convert_tokens_to_ids("<eos>")]
-    assert len(classes.teacher) == len(other) + 5
+    columns = classes.student.of_output, classes.teacher.of_output
+    assert columns[0][one.convert_tokens_to_ids(END)] == columns[1][other.convert_tokens_to_ids("<eos>")]
+    assert len(columns[1]) == len(other) + 5 and len(columns[0]) == len(one)
 
 
 @pytest.mark.parametrize("settings", [{"packing": True}, {"lora": {"rank": 2}}])

@@ -58,17 +58,17 @@ def test_duplicates_and_spaces_of_sentencepiece_are_the_bytes_they_say() -> None
     assert of["A"] == of["<0x41>"] == int(found.student[student.tokens._backend.token_to_id("A")])
     assert of["▁t"] == int(found.student[student.tokens._backend.token_to_id("Ġt")]) != of["▁"]
     assert of["▁"] == of["<0x20>"] == int(found.student[student.tokens._backend.token_to_id("Ġ")])
-    assert of["<unk>"] == found.count - 1  # the rest
+    assert of["<unk>"] == found.classes - 1  # the rest
     assert of[END] == int(found.student[student.ends[0]])
     # All 256 bytes, " t", the ends, and the rest.
-    assert found.count == 259
+    assert found.classes == 259
 
 
 def test_what_the_other_side_cannot_say_is_the_rest() -> None:
     student, teacher = vocabulary(byte_level(), padding=3), vocabulary(sentencepiece(["▁", "t"], fallback=False))
     found = partition(student, teacher)
-    assert found.count == 4  # " ", "t", the ends, the rest
-    rest = found.student == found.count - 1
+    assert found.classes == 4  # " ", "t", the ends, the rest
+    rest = found.student == found.classes - 1
     assert rest.sum() == 254 + 3 and rest[-3:].all() and len(found.student) == 260
 
 
@@ -82,13 +82,13 @@ def test_special_tokens_go_by_their_role() -> None:
         name: int(found.student[of_student.convert_tokens_to_ids(name)]) for name in ("<stop>", "<turn>", "<both>")
     }
     end, rest = (int(found.teacher[of_teacher.convert_tokens_to_ids(name)]) for name in ("<both>", "<other>"))
-    assert classes == {"<stop>": end, "<turn>": end, "<both>": rest} and rest == found.count - 1 != end
+    assert classes == {"<stop>": end, "<turn>": end, "<both>": rest} and rest == found.classes - 1 != end
 
 
 def test_a_permuted_copy_is_one_to_one() -> None:
     student, teacher = vocabulary(byte_level(["t h", "th e"])), vocabulary(byte_level(["t h", "th e"], order=-1))
     found = partition(student, teacher)
-    assert found.count == 259 and not torch.equal(found.student, found.teacher)
+    assert found.classes == 259 and not torch.equal(found.student, found.teacher)
     assert torch.equal(found.student.sort().values, torch.arange(259))
     assert torch.equal(found.teacher.sort().values, torch.arange(259))
 
@@ -97,7 +97,7 @@ def test_a_head_may_be_smaller_than_its_tokenizer() -> None:
     whole = vocabulary(byte_level(["t h", "th e"]))
     found = partition(whole._replace(outputs=250), whole)
     assert len(found.student) == 250 and len(found.teacher) == 259
-    assert int(found.student.max()) < found.count
+    assert int(found.student.max()) < found.classes
 
 
 def test_nothing_shared_is_refused() -> None:
@@ -114,7 +114,7 @@ def test_classes_are_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert torch.equal(find_partition(student, teacher).student, made.student + 1)  # what lies there
     file.write_bytes(file.read_bytes()[:100])
     found = find_partition(student, teacher)  # made again, as what lies there is damaged
-    assert found.count == made.count and torch.equal(found.student, made.student)
+    assert found.classes == made.classes and torch.equal(found.student, made.student)
     find_partition(student._replace(ends=[]), teacher._replace(ends=[]))
     find_partition(teacher, student)
     assert len(list(tmp_path.rglob("classes-*"))) == 3
@@ -128,4 +128,4 @@ def test_real_tokenizers(name: str) -> None:
     sides = [members(found, side) for side in ("student", "teacher")]
     assert all(len(one) and len(other) for one, other in zip(*(side[:-1] for side in sides), strict=True))
     shared = {of for of in student.tokens.bytes if of} & {of for of in teacher.tokens.bytes if of}
-    assert len(shared) <= found.count <= len(shared) + 2
+    assert len(shared) <= found.classes <= len(shared) + 2

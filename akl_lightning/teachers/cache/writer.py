@@ -238,8 +238,7 @@ class CacheWriter(LightningModule):
         show = shows_progress(self.trainer)
         with isolate_rng():  # a loader draws a seed
             batches = data_of(self.trainer).batches()
-            for whole, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
-                batch = teacher_side(whole)
+            for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
                 positions, digests = self._look_at(batch)
                 counts = tokens_per_sample(batch, positions)
                 for digest, count in zip(digests, counts, strict=True):
