@@ -30,6 +30,9 @@ class Response(NamedTuple):
 
 _TEACHER = "teacher_"
 
+OF_TEACHER = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels", "aligned")
+"""What more a batch holds for a teacher with another tokenizer."""
+
 
 def teacher_side(batch: Batch) -> dict[str, Any]:
     """What of a batch a teacher with another tokenizer reads; the batch itself where it has nothing of the kind.

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.batch import Batch, teacher_side
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
+from akl_lightning.data.aligned import Pairing
 from akl_lightning.data.facts import data_of, facts_of, facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.kernels.classes import Classes
@@ -50,7 +51,7 @@ class AlignedTeacher(Teacher):
         teacher: Teacher,
         classes: Classes,
         tokenizer: PreTrainedTokenizerBase,
-        pairing: Any = None,
+        pairing: Pairing,
         packing: bool = False,
     ) -> None:
         self.teacher = teacher
@@ -113,6 +114,13 @@ class AlignedTeacher(Teacher):
         logits = rows_of(self.teacher(own, own["response"]), batch["places"])
         assert isinstance(logits, Tensor | Projection)
         return Merged(logits, self.classes)
+
+    def tokens_of(self, classes: Tensor) -> list[int]:
+        """For each of some classes, by number, the student's token that says least of those in it, to be looked at."""
+        of_output = self.classes.numbers[self.classes.student.of_output].cpu()
+        lengths = self.pairing.student.lengths(torch.arange(len(of_output)))
+        found = [(of_output == number).nonzero().flatten() for number in classes.cpu()]
+        return [int(own[lengths[own].argmin()]) if len(own) else 0 for own in found]
 
     def release(self) -> None:
         self.teacher.release()

@@ -65,7 +65,7 @@ def test_each_model_reads_its_own_tokens_and_is_compared_at_the_same_bytes(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     data = data_of(student_tokenizer, str(tmp_path / "pairs.jsonl"), validation_size=0, test_size=0)
     data.setup("fit")
-    data.align(teacher_tokenizer)
+    pairing = data.align(teacher_tokenizer)
     (batch,) = data.samples("train")
     # x|\n|the| a| |the|END and x|\n|t|he| |a| t|he|STOP
     assert [batch["aligned"][0].tolist(), batch["aligned"][1, :4].tolist()] == [
@@ -75,7 +75,7 @@ def test_each_model_reads_its_own_tokens_and_is_compared_at_the_same_bytes(
     student, teacher = models(student_tokenizer, teacher_tokenizer)
     module = DistillationModule(student, teacher)
     classes = Classes(torch.arange(3), torch.arange(3), 3)
-    module.teacher = AlignedTeacher(module.teacher, classes, teacher_tokenizer)
+    module.teacher = AlignedTeacher(module.teacher, classes, teacher_tokenizer, pairing)
     prepared = module.prepare_batch(batch)
     positions = prepared["response"].positions
     assert prepared["is_aligned"].tolist() == [True, True, True, False, True, True, True]
