@@ -18,13 +18,13 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from akl_lightning.kernels.classes import Classes
 from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer, seed_everything
@@ -42,10 +42,11 @@ from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import Docstrings, JsonLines
 from akl_lightning.divergences import AdaptiveKL, ForwardKL
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import Classes
 from akl_lightning.models.load import load_causal_lm, load_tokenizer
 from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
-from akl_lightning.projection import Logits, Projection
+from akl_lightning.projection import Logits, Merged, Projection
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.tokenizers.alignment import NONE, Side
@@ -289,7 +290,10 @@ class Way(DistillationModule):
         if self.way != "uld" or not torch.is_grad_enabled():
             return super().compare(student, teacher, labels, alpha)
         assert alpha is not None and isinstance(student, Projection)
-        z, y = student.logits().float(), teacher.logits.logits().float()  # type: ignore[union-attr]
+        assert isinstance(teacher, Merged) and isinstance(teacher.logits, Projection)
+        of_teacher = teacher.logits  # of a cache, in bfloat16, with an output layer in float32
+        y = replace(of_teacher, hidden=of_teacher.hidden.to(of_teacher.head.weight.dtype)).logits().float()
+        z = student.logits().float()
         cross_entropy = torch.nn.functional.cross_entropy(z, labels, reduction="none")
         width = max(z.shape[1], y.shape[1])
         ranked = [

@@ -74,6 +74,7 @@ class DistributionPlot(Callback):
         student, teacher = student[0].cpu(), teacher[0].cpu()
         tokens = likeliest(student, teacher, _SHOWN)
         of_classes = isinstance(pl_module.teacher, AlignedTeacher)
+        kind = "classes" if of_classes else "tokens"
         shown = pl_module.teacher.tokens_of(tokens) if of_classes else tokens.tolist()  # type: ignore[union-attr]
         until = rows[0].positions[position] + 1
         before = sample["input_ids"][0, :until][sample["attention_mask"][0, :until].bool()]
@@ -82,7 +83,7 @@ class DistributionPlot(Callback):
             student[tokens].tolist(),
             teacher[tokens].tolist(),
             in_head[tokens].tolist(),
-            head=f"head: {in_head.sum():,.3g} of {len(teacher):,} {'classes' if of_classes else 'tokens'}, {(teacher * in_head).sum():.0%} of p",
+            head=f"head: {in_head.sum():,.3g} of {len(teacher):,} {kind}, {(teacher * in_head).sum():.0%} of p",
             context=str(tokenizer.decode(before, skip_special_tokens=True)),
             expected=word(tokenizer, int(rows[0].labels[position])),
         )
@@ -90,7 +91,7 @@ class DistributionPlot(Callback):
 
 
     def _position(self, row: Row, batch: Any) -> int:
-        """Which token of the answer; of those at which the teacher has something to say, where that is not everywhere."""
+        """Which token of the answer, of those at which the teacher has something to say."""
         places = list(range(len(row.labels)))
         if "is_aligned" in batch:
             places = batch["is_aligned"][row.within].nonzero().flatten().tolist() or places

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.module import DistillationModule
@@ -44,6 +44,14 @@ def of_rank(rank: int, function: Any, *arguments: Any) -> None:
     function(*arguments)
 
 
+class Breaks(Callback):
+    """Ends a run behind its third step."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            raise RuntimeError("broken off")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(folder: Path, strategy: str) -> None:
     train(folder, "one", 1)
@@ -57,8 +65,9 @@ def test_two_processes_train_as_one(folder: Path, strategy: str) -> None:
 def test_a_run_that_goes_on_ends_as_one_that_was_never_broken_off(folder: Path) -> None:
     train(folder, "whole", 1)
     last = LastCheckpoint(folder / "checkpoints", every_n_steps=1)
-    broken = {"max_steps": 3, "callbacks": [last], "enable_checkpointing": True, "default_root_dir": str(folder)}
-    train(folder, "begun", 1, **broken)
+    broken = {"callbacks": [last, Breaks()], "enable_checkpointing": True, "default_root_dir": str(folder)}
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(folder, "begun", 1, **broken)
     train(folder, "resumed", 1, str(folder / "checkpoints/last.ckpt"))
     whole, resumed = (torch.load(folder / f"{name}.pt") for name in ("whole", "resumed"))
     assert apart(resumed["weights"], whole["weights"]) == 0 and resumed["means"] == whole["means"]
