@@ -39,7 +39,13 @@ def merged(logits: Tensor, classes: Tensor, count: int) -> Tensor:
     """Logits of classes."""
     floor = logits.detach().amax(-1) - FLOOR
     of = [logits[:, classes == c] for c in range(count)]
-    return torch.stack([x.logsumexp(-1) if x.shape[1] else floor for x in of], -1)
+    return torch.stack([total(x) if x.shape[1] else floor for x in of], -1)
+
+
+def total(logits: Tensor) -> Tensor:
+    """The logsumexp, without a NaN in the gradient where all are masked."""
+    masked = (logits == -INF).all(-1)
+    return logits.masked_fill(masked[:, None], 0.0).logsumexp(-1).masked_fill(masked, -INF)
 
 
 def by_hand(
