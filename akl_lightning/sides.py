@@ -320,7 +320,8 @@ class Arranged(Side):
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         self.side.wants_gradient = self.wants_gradient
         self.side.prepare(rows, self.side.outputs, dtype)
-        self.logits = self.side.logits.new_empty(rows, self.outputs)
+        columns = columns_for(self.outputs, self.side.logits.device)
+        self.logits = self.side.logits.new_empty(rows, columns)[:, : self.outputs]
 
     def sums(self) -> list[Tensor | None]:
         return self.side.sums()

@@ -49,6 +49,8 @@ CHUNK_BYTES = 2**26  # the floor's chunks are as large as ours
 MIB = 2**20
 LIGER = "Liger-Kernel FKL, compiled"
 TEXTBOOK = "textbook AKL (sort, dense)"
+VOCABULARIES = (50_257, 49_152)
+"""Of GPT-2, a student, and of SmolLM2, whose teacher is compared with it in classes."""
 
 
 def main(
@@ -122,7 +124,7 @@ def new_table(title: str, headings: tuple[str, ...]) -> Table:
 
 def classes_table(tokens: tuple[int, ...], rounds: int) -> Table:
     """Another vocabulary beside the same one."""
-    vocab = len(class_maps()[0])
+    vocab = VOCABULARIES[0]
     table = new_table(
         f"Criterion, forward and backward, over two vocabularies: medians of {rounds} rounds, hidden size {HIDDEN}, "
         f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -217,25 +219,11 @@ def ours(divergence: Any, data: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-def class_maps() -> tuple[Tensor, Tensor]:
-    """The classes of 50,257 outputs of a student and 49,152 of a teacher, about as of GPT-2 and SmolLM2.
-
-    Of 41,000 classes 37,000 are one output of each; of the others most are small, and one has several thousand.
-    """
-    generator = torch.Generator().manual_seed(0)
-    alone, several, maps = 37_000, 4_000, []
-    for outputs, largest in ((50_257, 4_000), (49_152, 3_000)):
-        rest = outputs - alone - several - largest
-        spread = several * torch.rand(rest, generator=generator).square()
-        one_each = torch.arange(alone + several)
-        side = torch.cat([one_each, torch.full((largest,), alone + several - 1), alone + spread.long()])
-        maps.append(side[torch.randperm(outputs, generator=generator)])
-    return maps[0], maps[1]
-
-
 def merged(divergence: Any, data: dict[str, Any]) -> Callable[[], None]:
     """Another vocabulary for the teacher; each of its outputs is like one of the student's in the same class."""
-    of_student, of_teacher = class_maps()
+    from benchmark_cuda import class_maps
+
+    of_student, of_teacher = class_maps(len(data["head"].weight), VOCABULARIES[1])
     like = torch.empty(int(of_student.max()) + 1, dtype=torch.long)
     like[of_student] = torch.arange(len(of_student))
     teacher = nn.Linear(HIDDEN, len(of_teacher), bias=False).requires_grad_(False)
