@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from akl_lightning.sides import Logits as Logits
 from akl_lightning.sides import Merged as Merged
 from akl_lightning.sides import Projection as Projection
-from akl_lightning.sides import Side, side_of
+from akl_lightning.sides import Side, arranged, side_of
 from akl_lightning.sides import TopLogProbs as TopLogProbs
 from akl_lightning.sides import rows_of as rows_of
 
@@ -95,8 +95,9 @@ def project_and_compare(
     sides = [side_of(logits) for logits in (student, teacher) if logits is not None]
     if isinstance(teacher, Merged):
         classes = teacher.classes.to(labels.device)
-        sides[0].arrange("student", classes.student)
-        sides[1].arrange("teacher", classes.teacher)
+        pairs = zip(("student", "teacher"), sides, (classes.student, classes.teacher), strict=True)
+        sides = [arranged(name, side, columns) for name, side, columns in pairs]
+    # Arranged sides keep all of their outputs, of whom the larger counts.
     vocab = max(side.outputs for side in sides) if isinstance(teacher, Merged) else sides[0].outputs
     sides[0].wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sides[0].inputs)
     dtype = torch.promote_types(sides[0].inputs[0].dtype, torch.float32)

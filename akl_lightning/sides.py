@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.compat import has_forward_hooks
 from akl_lightning.errors import UsageError
-from akl_lightning.kernels.classes import Classes, Columns, take
+from akl_lightning.kernels.classes import Classes, Columns
 from akl_lightning.products import MULTIPLE, add_product, columns_for, in_range, multiply, resized
 
 
@@ -107,6 +107,24 @@ def side_of(logits: Logits) -> "Side":
     return ModuleHead(logits)
 
 
+def arranged(name: str, side: "Side", columns: Columns) -> "Side":
+    """The same side with its outputs in another order, in which it takes their gradient back."""
+    if len(columns.place) != side.outputs:
+        raise UsageError(
+            f"the {name} has {side.outputs:,} outputs, and the classes are of {len(columns.place):,}: give each output "
+            "a class, padding too."
+        )
+    if isinstance(side, LinearHead) and takes_its_rows(side.inputs[0].device):
+        side.arrange(columns)
+        return side
+    return Arranged(side, columns)
+
+
+def takes_its_rows(device: torch.device) -> bool:
+    """Whether a linear head's rows are arranged, not its logits: on a CPU, chunks are few and the copy costs more."""
+    return device.type != "cpu"
+
+
 class Side(ABC):
     """The student's logits or the teacher's, chunk by chunk; the student's take their gradients back.
 
@@ -116,9 +134,6 @@ class Side(ABC):
     """
 
     wants_gradient = False
-    columns_of: Columns | None = None
-    """How its outputs are arranged, if not as they come."""
-
     spare = 0
     """Columns behind the vocabulary that a side wants for itself."""
 
@@ -127,19 +142,10 @@ class Side(ABC):
         self.outputs = outputs
         self.gradients: list[Tensor | None] = [None] * len(inputs)
 
-    def arrange(self, name: str, columns: Columns) -> None:
-        """Arrange the logits of each chunk like this; their gradient is taken back from there."""
-        if len(columns.place) != self.outputs:
-            raise UsageError(
-                f"the {name} has {self.outputs:,} outputs, and the classes are of {len(columns.place):,}: give each "
-                "output a class, padding too."
-            )
-        self.columns_of, self.outputs = columns, len(columns.order)
-
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         """Take the memory for the logits of so many tokens, and of so many outputs if there are."""
         device = self.inputs[0].device
-        self.vocab = self.outputs if self.columns_of else min(vocab, self.outputs)
+        self.vocab = min(vocab, self.outputs)
         self.columns = columns_for(self.vocab, device)
         self.logits = torch.empty((rows, self.columns + self.spare), dtype=dtype, device=device)
         if self.wants_gradient:
@@ -167,8 +173,7 @@ class Side(ABC):
 
 class ReadyMade(Side):
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
-        given = self.inputs[0].detach()[chunk]
-        given = take(given, self.columns_of.order) if self.columns_of else given[:, : self.vocab]
+        given = self.inputs[0].detach()[chunk, : self.vocab]
         logits = self.logits[: len(given), : self.vocab].copy_(given)
         if given.dtype == torch.float16:  # what masks in it would be a number like any other
             logits.masked_fill_(given <= torch.finfo(torch.float16).min, -torch.inf)
@@ -176,10 +181,7 @@ class ReadyMade(Side):
 
     def accumulate(self, chunk: slice, gradient: Tensor) -> None:
         if (total := self.gradients[0]) is not None:
-            if self.columns_of:
-                total[chunk] = take(gradient, self.columns_of.place)
-            else:
-                total[chunk, : self.vocab] = gradient
+            total[chunk, : self.vocab] = gradient
 
 
 class TopAlone(Side):
@@ -197,6 +199,12 @@ class TopAlone(Side):
 
 
 class LinearHead(Side):
+    arranged: Columns | None = None
+
+    def arrange(self, columns: Columns) -> None:
+        """Make the logits in this order, by taking the weight's rows in it, once."""
+        self.arranged, self.outputs = columns, len(columns.order)
+
     def __init__(self, projection: Projection, head: nn.Linear) -> None:
         super().__init__((projection.hidden, *head.parameters()), len(head.weight))
         self.soft_cap = projection.soft_cap
@@ -205,21 +213,12 @@ class LinearHead(Side):
         if device != "cuda":  # elsewhere no product of lower precision comes out in float32
             self.dtype = torch.promote_types(self.dtype, torch.float32)
 
-    def arrange(self, name: str, columns: Columns) -> None:
-        """Arrange the logits of each chunk like this; their gradient is taken back from there."""
-        if len(columns.place) != self.outputs:
-            raise UsageError(
-                f"the {name} has {self.outputs:,} outputs, and the classes are of {len(columns.place):,}: give each "
-                "output a class, padding too."
-            )
-        self.columns_of, self.outputs = columns, len(columns.order)
-
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         super().prepare(rows, vocab, dtype)
         # Views, or one copy in the precision of the products and with as many rows as columns; not one a chunk.
         hidden, *parameters = (tensor.detach() for tensor in self.inputs)
-        if self.columns_of:  # once, and nothing is left to be done for the outputs that are alone in their class
-            parameters = [tensor.index_select(0, self.columns_of.order) for tensor in parameters]
+        if self.arranged:
+            parameters = [tensor.index_select(0, self.arranged.order) for tensor in parameters]
         weight, *bias = parameters
         self.hidden, self.weight = hidden.to(self.dtype), resized(weight.to(self.dtype), self.columns)
         self.bias = resized(bias[0].to(dtype), self.columns) if bias else None
@@ -238,8 +237,8 @@ class LinearHead(Side):
         sums = [
             None if total is None else total[: len(x)] for total, x in zip(self.gradients, self.inputs, strict=True)
         ]
-        if self.columns_of:
-            place = self.columns_of.place
+        if self.arranged:
+            place = self.arranged.place
             sums[1:] = [None if total is None else total.index_select(0, place) for total in self.gradients[1:]]
         return sums
 
@@ -296,23 +295,47 @@ class ModuleHead(Side):
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         with torch.set_grad_enabled(self.wants_gradient), self.autocast():
             self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wants_gradient)
-            self.own: Tensor | None = self.head(self.hidden)
-            if not self.columns_of:
-                self.own = self.own[:, : self.vocab]
+            self.own: Tensor | None = self.head(self.hidden)[:, : self.vocab]
             if self.soft_cap is not None:
                 self.own = torch.tanh(self.own / self.soft_cap) * self.soft_cap
-        own = self.own.detach()
-        if self.columns_of:
-            own = take(own, self.columns_of.order)
-        return self.logits[: len(self.hidden), : self.vocab].copy_(own)
+        return self.logits[: len(self.hidden), : self.vocab].copy_(self.own.detach())
 
     def accumulate(self, chunk: slice, gradient: Tensor) -> None:
         assert self.own is not None
-        if self.columns_of:
-            gradient = take(gradient, self.columns_of.place)
         factor, scale = in_range(gradient, self.own.dtype, self.hidden.detach())
         parts = torch.autograd.grad(self.own, (self.hidden, *self.inputs[1:]), factor, allow_unused=True)
         for index, (part, total) in enumerate(zip(parts, self.gradients, strict=True)):
             if part is not None and total is not None:
                 (total[chunk] if index == 0 else total).add_(part if scale is None else part.to(scale.dtype) * scale)
         self.own = None  # and with it the graph
+
+
+class Arranged(Side):
+    """Another side's logits, their columns in another order."""
+
+    def __init__(self, side: Side, columns: Columns) -> None:
+        super().__init__(side.inputs, len(columns.order))
+        self.side, self.order = side, columns
+
+    def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+        self.side.wants_gradient = self.wants_gradient
+        self.side.prepare(rows, self.side.outputs, dtype)
+        columns = columns_for(self.outputs, self.side.logits.device)
+        self.logits = self.side.logits.new_empty(rows, columns)[:, : self.outputs]
+
+    def sums(self) -> list[Tensor | None]:
+        return self.side.sums()
+
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
+        self.own = self.side.project(chunk, student)
+        index = self.order.order.expand(len(self.own), -1)
+        return torch.gather(self.own, 1, index, out=self.logits[: len(self.own)])
+
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        into = self.side.gradient_of(self.own)
+        index = self.order.place.expand(len(gradient), -1)
+        if into.dtype == gradient.dtype:
+            torch.gather(gradient, 1, index, out=into)
+        else:
+            into.copy_(gradient.gather(1, index))
+        self.side.accumulate(chunk, into)

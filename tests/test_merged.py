@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from akl_lightning import sides
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.divergences import AdaptiveKL, Divergence
 from akl_lightning.errors import UsageError
@@ -15,6 +16,7 @@ from akl_lightning.kernels.classes import FLOOR, Classes
 from akl_lightning.projection import Merged, Projection, TopLogProbs, rows_of
 from tests import references
 from tests.test_alpha_per_token import DIVERGENCES
+from tests.test_projection import Largest
 
 TOKENS, STUDENT, TEACHER, COUNT = 7, 30, 24, 17
 INF = torch.inf
@@ -39,7 +41,13 @@ def merged(logits: Tensor, classes: Tensor, count: int) -> Tensor:
     """Logits of classes."""
     floor = logits.detach().amax(-1) - FLOOR
     of = [logits[:, classes == c] for c in range(count)]
-    return torch.stack([x.logsumexp(-1) if x.shape[1] else floor for x in of], -1)
+    return torch.stack([total(x) if x.shape[1] else floor for x in of], -1)
+
+
+def total(logits: Tensor) -> Tensor:
+    """The logsumexp, without a NaN in the gradient where all are masked."""
+    masked = (logits == -INF).all(-1)
+    return logits.masked_fill(masked[:, None], 0.0).logsumexp(-1).masked_fill(masked, -INF)
 
 
 def by_hand(
@@ -144,7 +152,11 @@ def test_any_classes(count: int, outputs: int, others: int, name: str, alpha: fl
 @pytest.mark.parametrize("kind", ["linear", "no bias", "module", "capped", "frozen head"])
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("empty", [False, True])
-def test_heads_get_their_gradients(kind: str, t: float, empty: bool) -> None:
+@pytest.mark.parametrize("rows", [False, True], ids=["logits arranged", "rows arranged"])
+def test_heads_get_their_gradients(
+    kind: str, t: float, empty: bool, rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sides, "takes_its_rows", lambda device: rows)
     *_, labels, of_student, of_teacher = problem(empty)
     student, teacher = (nn.Linear(8, n, bias=kind != "no bias").double() for n in (STUDENT, TEACHER))
     hidden, others = (2 * torch.randn(TOKENS, 8, dtype=torch.double) for _ in range(2))
@@ -278,6 +290,29 @@ def test_one_huge_class_and_classes_of_any_size() -> None:
         expected, right = by_hand(student, teacher, labels, *maps, "FKL", weights, t, count=len(sizes))
         same(ours, expected, 1e-5)
         assert (gradient - right).norm() <= 1e-5 * right.norm()
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["logits arranged", "rows arranged"])
+@pytest.mark.parametrize("name", ["AKL", "a user's"])
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_no_tensor_of_all_logits_exists(name: str, t: float, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "takes_its_rows", lambda device: rows)
+    tokens, outputs, others, width = 64, 1000, 900, 8
+    maps = [torch.arange(n).fmod(700).flip(0) for n in (outputs, others)]
+    student, teacher = nn.Linear(width, outputs), nn.Linear(width, others)
+    hidden, there = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
+    labels = torch.randint(0, outputs, (tokens,))
+    classes = Merged(Projection(there, teacher), Classes(maps[0], maps[1], 700))
+
+    def largest(chunk_size: int) -> int:
+        with Largest() as watch:
+            own = DistillationCriterion(DIVERGENCES[name][0], 0.5, t, chunk_size=chunk_size)
+            own(Projection(hidden, student), classes, labels).loss.backward()
+        return watch.elements
+
+    # A weight, or the reference's memory for the rows of a chunk.
+    assert largest(4) <= max(outputs * width, 4 * 4 * outputs) < tokens * others
+    assert largest(tokens) >= tokens * outputs, "the watch would notice"
 
 
 def test_no_tokens() -> None:

@@ -22,7 +22,6 @@ from akl_lightning import kernels
 from akl_lightning.errors import UsageError
 from akl_lightning.kernels import triton_classes
 from akl_lightning.kernels.pairs import Comparison
-from akl_lightning.kernels.reference import rows_at_a_time
 
 FLOOR = 30.0
 """A class that one side has no output for is there as likely as exp(-30) times the side's likeliest output, and no
@@ -241,16 +240,9 @@ def compare(
         alpha: ``[rows]``, or None.
         pairwise: compares what is merged.
     """
+    label = Label(classes.student.place[labels], classes.student.of_output[labels])
     compare_rows = _compare if how.temperature == 1 else _compare_softened
-    rows = max(1, len(student)) if triton_classes.supports(student) else rows_at_a_time(student)
-    parts = []
-    for start in range(0, max(1, len(student)), rows):
-        block = slice(start, start + rows)
-        label = Label(classes.student.place[labels[block]], classes.student.of_output[labels[block]])
-        into, own = (None if tensor is None else tensor[block] for tensor in (gradient, alpha))
-        others = teacher[block].to(student.dtype)
-        parts.append(compare_rows(student[block], others, label, how, classes, into, own, pairwise))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return compare_rows(student, teacher.to(student.dtype), label, how, classes, gradient, alpha, pairwise)
 
 
 class Label(NamedTuple):

@@ -94,6 +94,60 @@ def spread(
         )  # fmt: skip
 
 
+@jit
+def _few_of_each(
+    Z, SHARES_OUT, BEGIN, MORE, FEW, at, count, c, temperature, SHARES: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    lane = at + tl.arange(0, LANES)
+    real = lane < count
+    own = tl.load(FEW + lane, mask=real, other=0)
+    begin = tl.load(BEGIN + own, mask=real, other=0)
+    more = tl.load(MORE + own, mask=real, other=0)
+    most = tl.max(more, 0)
+    first = tl.load(Z + own, mask=real, other=0.0)
+    top = first
+    for i in range(0, most):
+        top = tl.maximum(top, tl.load(Z + begin + i, mask=i < more, other=float("-inf")))
+    # Where all are masked nothing is to be subtracted from minus infinity.
+    ref = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.exp2((first - ref) * c)
+    for i in range(0, most):
+        total += tl.exp2((tl.load(Z + begin + i, mask=i < more, other=float("-inf")) - ref) * c)
+    if SHARES:
+        per = tl.where(total > 0, 1 / total, 0.0)
+        tl.store(SHARES_OUT + own, tl.exp2((first - ref) * c) * per, mask=real)
+        for i in range(0, most):
+            z = tl.load(Z + begin + i, mask=i < more, other=float("-inf"))
+            tl.store(SHARES_OUT + begin + i, tl.exp2((z - ref) * c) * per, mask=i < more)
+    tl.store(Z + own, tl.where(more > 0, ref + tl.log(total) * temperature, first), mask=real)
+
+
+@jit
+def _many_of_one(Z, SHARES_OUT, BEGIN, MORE, MANY, at, c, temperature, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    own = tl.load(MANY + at)
+    begin = tl.load(BEGIN + own)
+    more = tl.load(MORE + own)
+    first = tl.load(Z + own)
+    lane = tl.arange(0, BLOCK)
+    tops = tl.zeros([BLOCK], tl.float32) + first
+    for start in range(0, more, BLOCK):
+        tops = tl.maximum(tops, tl.load(Z + begin + start + lane, mask=start + lane < more, other=float("-inf")))
+    top = tl.max(tops, 0)
+    ref = tl.where(top == float("-inf"), 0.0, top)
+    totals = tl.where(lane == 0, tl.exp2((first - ref) * c), 0.0)
+    for start in range(0, more, BLOCK):
+        z = tl.load(Z + begin + start + lane, mask=start + lane < more, other=float("-inf"))
+        totals += tl.exp2((z - ref) * c)
+    total = tl.sum(totals, 0)
+    if SHARES:
+        per = tl.where(total > 0, 1 / total, 0.0)
+        tl.store(SHARES_OUT + own, tl.exp2((first - ref) * c) * per)
+        for start in range(0, more, BLOCK):
+            z = tl.load(Z + begin + start + lane, mask=start + lane < more, other=float("-inf"))
+            tl.store(SHARES_OUT + begin + start + lane, tl.exp2((z - ref) * c) * per, mask=start + lane < more)
+    tl.store(Z + own, ref + tl.log(total) * temperature)
+
+
 @jit(do_not_specialize=["count", "blocks"])
 def _merge(
     Z, SHARES_OUT, BEGIN, MORE, FEW, MANY, z_stride, shares_stride, count, blocks, temperature,
@@ -105,54 +159,9 @@ def _merge(
     SHARES_OUT += row * shares_stride
     c = 1.4426950408889634 / temperature
     if part < blocks:
-        lane = part * LANES + tl.arange(0, LANES)
-        real = lane < count
-        own = tl.load(FEW + lane, mask=real, other=0)
-        begin = tl.load(BEGIN + own, mask=real, other=0)
-        more = tl.load(MORE + own, mask=real, other=0)
-        most = tl.max(more, 0)
-        first = tl.load(Z + own, mask=real, other=0.0)
-        top = first
-        for i in range(0, most):
-            top = tl.maximum(top, tl.load(Z + begin + i, mask=i < more, other=float("-inf")))
-        # Where all are masked nothing is to be subtracted from minus infinity.
-        ref = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.exp2((first - ref) * c)
-        for i in range(0, most):
-            total += tl.exp2((tl.load(Z + begin + i, mask=i < more, other=float("-inf")) - ref) * c)
-        merged = tl.where(more > 0, ref + tl.log(total) * temperature, first)
-        if SHARES:
-            per = tl.where(total > 0, 1 / total, 0.0)
-            tl.store(SHARES_OUT + own, tl.exp2((first - ref) * c) * per, mask=real)
-            for i in range(0, most):
-                z = tl.load(Z + begin + i, mask=i < more, other=float("-inf"))
-                tl.store(SHARES_OUT + begin + i, tl.exp2((z - ref) * c) * per, mask=i < more)
-        tl.store(Z + own, merged, mask=real)
+        _few_of_each(Z, SHARES_OUT, BEGIN, MORE, FEW, part * LANES, count, c, temperature, SHARES, LANES)
     else:
-        own = tl.load(MANY + part - blocks)
-        begin = tl.load(BEGIN + own)
-        more = tl.load(MORE + own)
-        first = tl.load(Z + own)
-        lane = tl.arange(0, BLOCK)
-        tops = tl.zeros([BLOCK], tl.float32) + first
-        for start in range(0, more, BLOCK):
-            at = start + lane
-            tops = tl.maximum(tops, tl.load(Z + begin + at, mask=at < more, other=float("-inf")))
-        top = tl.max(tops, 0)
-        ref = tl.where(top == float("-inf"), 0.0, top)
-        totals = tl.where(lane == 0, tl.exp2((first - ref) * c), 0.0)
-        for start in range(0, more, BLOCK):
-            at = start + lane
-            totals += tl.exp2((tl.load(Z + begin + at, mask=at < more, other=float("-inf")) - ref) * c)
-        total = tl.sum(totals, 0)
-        if SHARES:
-            per = tl.where(total > 0, 1 / total, 0.0)
-            tl.store(SHARES_OUT + own, tl.exp2((first - ref) * c) * per)
-            for start in range(0, more, BLOCK):
-                at = start + lane
-                z = tl.load(Z + begin + at, mask=at < more, other=float("-inf"))
-                tl.store(SHARES_OUT + begin + at, tl.exp2((z - ref) * c) * per, mask=at < more)
-        tl.store(Z + own, ref + tl.log(total) * temperature)
+        _many_of_one(Z, SHARES_OUT, BEGIN, MORE, MANY, part - blocks, c, temperature, SHARES, BLOCK)
 
 
 @jit(do_not_specialize=["columns"])
