@@ -253,7 +253,7 @@ def run_command(main: Callable[[], object]) -> None:
     logger.addFilter(lambda record: noise.search(str(record.msg)) is None)
     # Its handler keeps the stream that it began with, past the one that a progress bar puts in its place.
     for handler in logging.getLogger("lightning.pytorch").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # not what captures it for somebody
             handler.emit = partial(_say, handler)  # type: ignore[method-assign]
     # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
     warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")

@@ -94,7 +94,7 @@ def conversations(count: int) -> Iterator[list[dict[str, str]]]:
 
 
 def measure(way: Any, path: str, cache: str) -> tuple[float, float, int, int, int]:
-    """Seconds, those of the CPU, bytes of the peak, bytes at the end that no file backs, and how many records are left."""
+    """Seconds, those of the CPU, bytes of the peak, bytes at the end that no file backs, and records that are left."""
     datasets.config.HF_DATASETS_CACHE = cache
     datasets.disable_progress_bars()
     before, held = peak_memory(), anonymous_memory()

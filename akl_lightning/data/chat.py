@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges
 from akl_lightning.data.rendering import Message, Rendering, SampleError
-from akl_lightning.data.templates import ALPACA as ALPACA
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
 from akl_lightning.data.turns import Turn, Turns
@@ -140,6 +137,13 @@ class Chat:
                 f"the chat template writes today's date: it is given {PINNED:%d %B %Y}, so that runs and caches agree "
                 "whenever they are made; another comes through data.template_arguments where the template takes one"
             )
+        if rendering.asks_otherwise:
+            rank_zero_info(
+                f"the chat template asks for an answer with {rendering.asks_otherwise!r}, behind which it does not "
+                "write one that is there: answers are learnt behind other tokens than they are asked for with"
+            )
+        if self.tokenizer.eos_token_id is None:
+            rank_zero_info("the tokenizer has no end-of-text token: documents end without one")
         if not rendering.ends:
             rank_zero_info(
                 "the chat template ends a turn of the assistant with no token: the end-of-text token "
@@ -338,56 +342,3 @@ def _others(ranges: list[Range], start: int, end: int) -> list[Range]:
     """
     edges = [start, *(edge for one in ranges for edge in one), end]
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def render(template: str, instruction: str, input: str = "") -> str:
-    """Write the prompt of an instruction.
-
-    Args:
-        template: a name in :data:`TEMPLATES`, or a format string with ``{instruction}`` and perhaps ``{input}``.
-        instruction: what to do.
-        input: what to do it to; may be empty.
-
-    Raises:
-        UsageError: neither a known name nor a format string with these two fields.
-
-    >>> render("plain", "Add.", "1 2")
-    'Add.\\n1 2\\n'
-    """
-    without_input, with_input = TEMPLATES.get(template, (template, template))
-    try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(without_input) if field is not None}
-    except ValueError:
-        fields = set()
-    if "instruction" not in fields or fields - {"instruction", "input"}:
-        raise UsageError(
-            f"unknown prompt template {template!r}: use {', '.join(TEMPLATES)}, {CHAT}, or a text with {{instruction}} "
-            "and {input} in it."
-        )
-    return (with_input if input else without_input).format(instruction=instruction, input=input)
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, task: str) -> str:
-    """Write a prompt as the tokenizer's own chat template does, up to where the answer begins.
-
-    Raises:
-        UsageError: the template is broken, or takes no such conversation.
-    """
-    try:
-        chat = [{"role": "user", "content": task}]
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"the tokenizer's chat template fails on the prompt {task[:40]!r} ({reason}): mend it, or use the template "
-            "plain or alpaca, or another one."
-        ) from error
-
-
-def template_digest(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the prompts that a template gives, whatever it is called."""
-    if template == CHAT:
-        prompts = str(tokenizer.chat_template)
-    else:
-        prompts = json.dumps([render(template, "{instruction}"), render(template, "{instruction}", "{input}")])
-    return hashlib.sha256(prompts.encode()).hexdigest()

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
 from akl_lightning.data import lengths as fitting
-from akl_lightning.data import rendering, templates, tokens, turns
+from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.lengths import Lengths, fit
 from akl_lightning.data.records import RECORD_FEATURES
@@ -130,7 +130,7 @@ def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) 
 # --------------------------------------------------------------------------------------------------------------------
 # Where the rows are kept
 
-_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, rendering, templates, tokens, turns)]
+_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, messages, rendering, templates, tokens, turns)]
 
 
 class _Digest(io.RawIOBase):

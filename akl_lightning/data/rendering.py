@@ -60,6 +60,9 @@ class Rendering:
     writes_date: bool
     """Whether it writes today's date."""
 
+    asks_otherwise: str
+    """How the prompt for an answer ends, where answers do not stand behind it; else empty."""
+
     assistant_head: str
     """What stands before what the assistant says, in an earlier turn."""
 
@@ -172,28 +175,34 @@ class Rendering:
                     f"the chat template leaves out what the {who} says: mend it, or use the template plain or alpaca, "
                     "or another one."
                 )
-        try:
-            two = self.text([user, assistant, user, assistant])
-            between = two.split(ASSISTANT)[1].split(USER)[0]
-            asked = self.text([user])
-            self.assistant_head = two[len(asked) :].split(ASSISTANT)[0] if two.startswith(asked) else ""
-        except (SampleError, IndexError):  # for one question only
-            between = self.assistant_head = ""
-        tail = whole.rpartition(ASSISTANT)[2]
-        ends = dict.fromkeys(end for end in (self._end(tail), self._end(between), self._end_of_call(user)) if end)
-        self.ends = tuple(ends)
-        self.tail = "" if self.ends else tail.rstrip()
-        begin = whole.removeprefix(prompt)
-        self.before = begin.partition(ASSISTANT)[0] if len(begin) < len(whole) else ""
-        end = self._end(between)
-        self.user_head = (between.partition(end)[2] if end else between.removeprefix(self.tail)).lstrip()
-        self.system = prompt.partition(USER)[0].removesuffix(self.user_head).strip()
+        self._try_turns(user, assistant, whole)
+        goes_on = whole.startswith(prompt)
+        self.asks_otherwise = "" if goes_on else prompt[-40:]
+        self.before = whole.removeprefix(prompt).partition(ASSISTANT)[0] if goes_on else ""
+        self.system = prompt.partition(USER)[0].removesuffix(self.user_head).strip() if self.user_head else ""
         bos = self.tokenizer.bos_token or ""
         if not self.user_head.startswith(bos):  # with which some begin every turn
             self.system = self.system.removeprefix(bos).strip()
-        self.system = self.system if self.user_head else ""
         self.writes_date = any(written in prompt for written in pinned_dates(self._text).values())
         self.takes_parts = self.parts or self._takes_parts()
+
+    def _try_turns(self, user: Message, assistant: Message, whole: str) -> None:
+        """Find out what stands before and behind what is said."""
+        try:
+            asked, two = self.text([user]), self.text([user, assistant, user, assistant])
+            between = two.split(ASSISTANT)[1].split(USER)[0]
+            self.assistant_head = two[len(asked) :].split(ASSISTANT)[0] if two.startswith(asked) else ""
+        except (SampleError, IndexError):  # for one question only
+            asked = between = self.assistant_head = ""
+        tail = whole.rpartition(ASSISTANT)[2]
+        end, inner = self._end(tail), self._end(between)
+        # Of two ends, the one of an earlier turn is what the user's message ends with as well; else it begins the next.
+        if inner != end and inner != self._end(asked.partition(USER)[2]):
+            inner = ""
+        call = self._end_of_call(user) if end else ""
+        self.ends = tuple(dict.fromkeys(token for token in (end, inner, call) if token))
+        self.tail = "" if self.ends else tail.rstrip()
+        self.user_head = (between.partition(inner)[2] if inner else between.removeprefix(self.tail)).lstrip()
 
     def _say(self, role: str, text: str) -> Message:
         return {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}

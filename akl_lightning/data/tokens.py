@@ -118,9 +118,9 @@ class Tokenize:
 
     def _own_special(self, text: Text) -> dict[int, tuple[int, int]]:
         """Where the special tokens of the template stand: behind each start its end and its number."""
-        found = {}
+        found, literal = {}, {start for start, _ in text.literal}
         for match in self.special_pattern.finditer(text.text):
-            if any(start <= match.start() < end for start, end in text.literal):
+            if match.start() in literal:
                 continue
             token, end = self.special[match[0]], match.end()
             if token.rstrip:

@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from akl_lightning.checkpoint import atomic_file, check_writable
+from akl_lightning.data.messages import content_text
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sampler import FILLER
-from akl_lightning.data.turns import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.parallel import ending_together, gather_objects

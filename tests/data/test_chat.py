@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,23 @@ def test_a_template_without_an_end_learns_the_end_of_text_after_the_last_turn() 
     assert (encoded.input_ids, labels(encoded)) == by_hand(tokenizer, said)
 
 
+def test_a_token_that_begins_a_turn_does_not_end_another() -> None:
+    """A template that ends nothing, whose heads are tokens, as some of small base models are."""
+    tokenizer = tokenizers.phi3()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    chat = Chat(tokenizer)
+    encoded = chat.encode(record(*TWO))
+    said = (
+        "<|user|>\nWhat is the capital?\n<|assistant|>\n⟦Paris.⟧\n"
+        "<|user|>\nAnd of Spain?\n<|assistant|>\n⟦Madrid.<|endoftext|>⟧"
+    )
+    assert (encoded.input_ids, labels(encoded)) == by_hand(tokenizer, said)
+    assert tokenizer.convert_ids_to_tokens(chat.end_tokens) == ["<|endoftext|>"]
+
+
 def test_a_file_and_a_text(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(tokenizers.CHATML)
@@ -294,6 +312,34 @@ def test_a_file_and_a_text(tmp_path: Path) -> None:
     assert from_file.encode(record(*TWO)) == from_text.encode(record(*TWO))
     assert from_file.digest == from_text.digest != Chat(tokenizer).digest
     assert Chat(tokenizer).template == "plain" and Chat(tokenizers.base()).template == "chat"
+
+
+def test_a_digest_tells_templates_apart_whatever_they_are_called() -> None:
+    tokenizer = tokenizers.base()
+    digests = [Chat(tokenizer, template).digest for template in ("chat", "chatml", "plain", "alpaca", ALPACA)]
+    digests += [Chat(tokenizer, learn="last_turn").digest, Chat(tokenizer, special_tokens_in_content=True).digest]
+    assert len(set(digests)) == len(digests)
+    assert Chat(tokenizer).digest == Chat(tokenizer, tokenizers.CHATML).digest
+    other = tokenizers.base(tokenizers.CHATML + "!")
+    assert Chat(other).digest != Chat(tokenizer).digest
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = tokenizers.base(
+        {"default": tokenizers.CHATML, "tool_use": "{{ bos_token }}{{ tools }}" + tokenizers.CHATML}
+    )
+    chat = Chat(tokenizer)
+    assert chat.encode(record(*ONE)).input_ids == tokenizer.apply_chat_template(list(ONE))["input_ids"]
+    expected = tokenizer.apply_chat_template(list(ONE), tools=json.loads(TOOLS))["input_ids"]
+    assert chat.encode(record(*ONE, tools=TOOLS)).input_ids == expected
+    tokenizer.chat_template = {"rag": tokenizers.CHATML, "tool_use": tokenizers.CHATML}
+    with pytest.raises(UsageError, match="the chat templates rag, tool_use and none called default"):
+        Chat(tokenizer)
+
+
+def test_it_goes_to_other_processes() -> None:
+    chat = Chat(tokenizers.mistral())
+    assert pickle.loads(pickle.dumps(chat)).encode(record(*TWO)) == chat.encode(record(*TWO))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -581,6 +627,11 @@ def test_what_is_said_of_a_template(capsys: pytest.CaptureFixture, caplog: pytes
         assert not caplog.text
         Chat(tokenizers.llama3()).introduce()
     assert "writes a system prompt by itself" in caplog.text and "is given 26 July 2024" in caplog.text
+    assert "asks for an answer" not in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        Chat(tokenizers.base(tokenizers.CHATML.replace("assistant\n", "assistant\n<think>\n"))).introduce()
+    assert r"asks for an answer with" in caplog.text and r"assistant\n<think>\n'" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         Chat(tokenizers.llama3(), arguments={"date_string": "today"}).introduce()

@@ -207,7 +207,7 @@ PHI3 = (
 
 
 def byte_level(
-    special: list[str], template: str | None = None, others: tuple[str, ...] = (), **settings: object
+    special: list[str], template: str | dict[str, str] | None = None, others: tuple[str, ...] = (), **settings: object
 ) -> PreTrainedTokenizerBase:
     """Byte-level pieces, as GPT-2, Llama 3 and Qwen have them, with special tokens and others that are added."""
     bpe = ByteLevelBPETokenizer()
@@ -275,7 +275,7 @@ def mistral(form: str = "<s> $A") -> PreTrainedTokenizerBase:
     return begins(sentencepiece(special, MISTRAL, True, bos_token="<s>", eos_token="</s>"), form)
 
 
-def base(template: str | None = CHATML) -> PreTrainedTokenizerBase:
+def base(template: str | dict[str, str] | None = CHATML) -> PreTrainedTokenizerBase:
     """A base model's, whose end of text is not what ChatML ends a turn with."""
     return byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], template, eos_token="<|endoftext|>")
 

@@ -174,6 +174,30 @@ def test_any_split_and_prompts_without_a_reference(tokenizer, tmp_path: Path) ->
         Trainer(**QUIET, max_epochs=1).fit(module, data)
 
 
+def test_answers_to_conversations_are_data_again(tokenizer, tmp_path: Path) -> None:
+    """The last turn is what is answered, and all before it the prompt; a document asks nothing."""
+    spoken = [("system", "one"), ("user", "two"), ("assistant", "three"), ("user", "four"), ("assistant", "five six")]
+    messages = [{"role": role, "content": content} for role, content in spoken]
+    rows = [{"messages": messages}, {"instruction": "Say", "input": "one", "output": "two"}, {"text": "seven eight"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = InstructionDataModule(tokenizer, JsonLines(test_path=str(tmp_path / "t.jsonl")), batch_size=4)
+    write(data, path := tmp_path / "a.jsonl", Decoding(max_new_tokens=4))
+    first, second = read_answers(path)
+    assert first["references"] == ["five six"] and first["messages"] == messages[:4]
+    assert first["instruction"] == "system: one\n\nuser: two\n\nassistant: three\n\nuser: four" and first["input"] == ""
+    assert first["prompt"] == "one\ntwo\nthree<|endoftext|>four\n"
+    assert (second["instruction"], second["input"], second["references"]) == ("Say", "one", ["two"])
+    assert "messages" not in second
+
+    again = JsonLines(test_path=str(path), output="answer").load()["test"]
+    answered = [json.loads(row["messages"]) for row in again]
+    assert answered[0] == [*messages[:4], {"role": "assistant", "content": first["answer"]}]
+    assert answered[1][0] == {"role": "user", "content": "Say", "input": "one"}
+    module = DistillationModule(gpt2(), gpt2(), max_new_tokens=4)
+    figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "b.jsonl", Decoding(max_new_tokens=4))
+    assert len(answers) == 2 and "rouge_l" in figures
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -6,7 +6,6 @@ import pytest
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
-from akl_lightning.data.chat import ALPACA, template_digest
 from akl_lightning.teachers.fingerprint import hub_revision, tokenizer_digests, weights_digest
 from tests.conftest import gpt2
 
@@ -29,17 +28,6 @@ def test_a_tokenizer_by_what_decides_its_tokens(tokenizer: PreTrainedTokenizerFa
     other.add_tokens(["<extra>"])
     after = tokenizer_digests(other)
     assert {name for name in before if before[name] != after[name]} == {"vocabulary", "normalizer"}
-
-
-def test_a_template_by_its_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
-    plain = template_digest("plain", tokenizer)
-    assert template_digest("alpaca", tokenizer) != plain
-    assert template_digest(ALPACA, tokenizer) != template_digest("alpaca", tokenizer)  # has no place for an input
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ messages[0].content }}"
-    one = template_digest("chat", other)
-    other.chat_template += "!"
-    assert template_digest("chat", other) != one
 
 
 def test_the_revision_is_that_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
