@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.data.aligned import Pairing, TeacherSide
+from akl_lightning.data.chat import Chat
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import ForwardKL
@@ -344,3 +346,23 @@ def test_one_source_under_two_tokenizers_is_the_same_over_classes_and_not_with_a
             logits = [(mass + 1e-12).log()[None] for mass in (of_student, of_teacher)]
             far[name] = float(ForwardKL()(*logits).sum())
         assert far["classes"] == pytest.approx(0, abs=1e-9) and far["bucket"] > 0.3
+
+
+def test_a_response_that_is_known_by_its_tokens_alone_has_a_teachers_side(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(teacher_tokenizer, "plain"))
+    end, prompt = teacher_tokenizer.eos_token_id, [7, 8, 9]
+    ids = [*student_tokenizer("the a the").input_ids, student_tokenizer.eos_token_id]
+    # the| a| |the|END and t|he| |a| t|he|STOP
+    side = pairing.response(prompt, ids, end)
+    assert side is not None and side.input_ids == [*prompt, *teacher_tokenizer("the a the").input_ids, end]
+    assert side.spans == [(3, 10)] and side.aligned == [3, 5, 7, -1, 9]
+    cut = pairing.response(prompt, ids[:-1], end)
+    assert cut is not None and cut.input_ids[-1] != end and cut.aligned == side.aligned[:-1]
+    nothing = pairing.response(prompt, ids[-1:], end)
+    assert nothing is not None and nothing == TeacherSide([*prompt, end], [(3, 4)], [3])
+    # Half a character, and a special token in the middle.
+    half = student_tokenizer("a👍").input_ids[:-2]
+    side = pairing.response(prompt, half, end)
+    assert side is not None and side.input_ids == [*prompt, *teacher_tokenizer("a").input_ids] and side.aligned[0] == 3
