@@ -14,6 +14,7 @@ from tokenizers import normalizers
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from akl_lightning.cli import main
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.aligned import Pairing, TeacherSide
 from akl_lightning.data.chat import Chat
@@ -366,3 +367,38 @@ def test_a_response_that_is_known_by_its_tokens_alone_has_a_teachers_side(
     half = student_tokenizer("a👍").input_ids[:-2]
     side = pairing.response(prompt, half, end)
     assert side is not None and side.input_ids == [*prompt, *teacher_tokenizer("a").input_ids] and side.aligned[0] == 3
+
+
+def test_the_command_takes_the_students_tokenizer_and_says_what_is_compared(
+    student_tokenizer: PreTrainedTokenizerFast,
+    teacher_tokenizer: PreTrainedTokenizerFast,
+    corpus: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, tokenizer, model in zip(
+        ("student", "teacher"),
+        (student_tokenizer, teacher_tokenizer),
+        models(student_tokenizer, teacher_tokenizer),
+        strict=True,
+    ):
+        tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+    source = ["--data.source", "JsonLines", "--data.source.path", corpus, "--data.max_length", "60"]
+    source += ["--data.validation_size", "4", "--data.test_size", "4", "--trainer.accelerator", "cpu"]
+    cached = ["cache", "--model.teacher", "teacher", "--model.path", "cached", "--data.tokenizer", "student", *source]
+    fit = ["fit", "--model.student", "student", *source, "--trainer.max_steps", "1", "--trainer.logger", "false"]
+    for arguments in ([*fit, "--model.teacher", "teacher"], cached, [*fit, "--model.teacher", "cache:cached"]):
+        (tmp_path / "config.yaml").unlink(missing_ok=True)  # of the run before
+        monkeypatch.setattr("sys.argv", ["akl", *arguments])
+        main()
+        said = capsys.readouterr().err
+        assert "train: " in said and "% of" in said and "response tokens are aligned with the teacher's" in said
+        if "fit" in arguments:
+            assert "Teacher and student have different tokenizers: 256 tokens are in both, 257 classes" in said
+    monkeypatch.setattr("sys.argv", ["akl", *fit, "--model.teacher", "teacher", "--model.alignment", "refuse"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: teacher and student disagree on the vocabulary" in capsys.readouterr().err
