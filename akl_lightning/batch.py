@@ -28,6 +28,28 @@ class Response(NamedTuple):
     """The tokens of the data there, ``[tokens]``."""
 
 
+_TEACHER = "teacher_"
+
+OF_TEACHER = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels", "aligned")
+"""What more a batch holds for a teacher with another tokenizer."""
+
+
+def teacher_side(batch: Batch) -> dict[str, Any]:
+    """What of a batch a teacher with another tokenizer reads; the batch itself where it has nothing of the kind.
+
+    Args:
+        batch: perhaps with ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``, each
+            ``[batch, teacher's length]``.
+
+    >>> sorted(teacher_side({"input_ids": 1, "teacher_input_ids": 2, "teacher_labels": 3, "index": 4}).items())
+    [('index', 4), ('input_ids', 2), ('labels', 3)]
+    """
+    own = {name.removeprefix(_TEACHER): value for name, value in batch.items() if name.startswith(_TEACHER)}
+    if not own:
+        return dict(batch)
+    return own | ({"index": batch["index"]} if "index" in batch else {})
+
+
 def response_of(batch: Batch, criterion: "DistillationCriterion") -> Response:
     """Where the response tokens of a batch are.
 

@@ -18,6 +18,7 @@ from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary
 from akl_lightning.parallel import check_no_averages
 from akl_lightning.rollouts.checks import check_rollouts
+from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -69,7 +70,8 @@ def check_run(module: "DistillationModule", stage: str) -> None:
     if module.teacher is not None:
         models["teacher"] = module.teacher
     for name, model in models.items():
-        if facts.tokenizer is not None and (own := module.model_tokenizers[name]) is not None:
+        own = None if isinstance(model, AlignedTeacher) else module.model_tokenizers[name]
+        if facts.tokenizer is not None and own is not None:
             check_same_vocabulary(own, facts.tokenizer, (name, "data"))
         model.check_fits(name, facts.tokenizer, facts.max_length)
     if stage == "predict" and isinstance(data, InstructionDataModule):

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.learning_rate import chosen_rate, leave_out_default
 from akl_lightning.models.load import load_tokenizer
-from akl_lightning.models.vocabulary import name_of
+from akl_lightning.models.vocabulary import name_for_tokens
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser
@@ -88,7 +88,9 @@ class InstructionCLI(LightningCLI):
         if not has_own_model(models.get("teacher")):
             models.pop("teacher", None)
         if not config.data.tokenizer:
-            config.data.tokenizer = _first_name(models.values())
+            config.data.tokenizer = name_for_tokens(models, config.data.trust_remote_code)
+            if config.data.tokenizer is None:
+                raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
         for role, model in models.items():
             if isinstance(model, Mapping) and "model_type" in model and isinstance(config.data.tokenizer, str):
                 tokenizer = load_tokenizer(config.data.tokenizer, config.data.trust_remote_code)
@@ -128,13 +130,6 @@ def in_one_sentence() -> Iterator[None]:
             raise
         names = re.findall(r"class_path='([\w.]+)'", str(error))[:1]
         raise UsageError(": ".join([*names, " ".join(str(cause).split())])) from error
-
-
-def _first_name(models: Iterable[Any]) -> str:
-    for model in models:
-        if (name := name_of(model)) is not None:
-            return name
-    raise UsageError("no model here has a name to take the tokenizer of: give data.tokenizer.")
 
 
 @keeps_given_settings
@@ -298,11 +293,21 @@ def judge_answers(args: list[str]) -> None:
     judge(config.answers_a, config.answers_b, ChatEndpoint(**{name: config[name] for name in names}), config.output)
 
 
+def tokenizers(args: list[str]) -> None:
+    """Look at what two tokenizers have in common: ``akl tokenizers``."""
+    from akl_lightning.tokenizers.figures import compare_tokenizers
+
+    parser = OneSentenceParser(prog="akl tokenizers", description="Look at what two tokenizers have in common.")
+    parser.add_function_arguments(compare_tokenizers, as_positional=True)
+    compare_tokenizers(**parser.parse_args(args).as_dict())
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cache": cache,
     "generate": generate,
     "judge": judge_answers,
     "show": show_samples,
+    "tokenizers": tokenizers,
 }
 """What ``akl`` has besides the subcommands of the Lightning CLI."""
 

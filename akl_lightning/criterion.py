@@ -11,10 +11,12 @@ from akl_lightning import functional as F
 from akl_lightning import kernels
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import compare as compare_in_classes
+from akl_lightning.kernels.classes import merge
 from akl_lightning.kernels.pairs import STATISTICS as STATISTICS
 from akl_lightning.kernels.pairs import Comparison
 from akl_lightning.kernels.reference import rows_at_a_time
-from akl_lightning.projection import Logits, TopLogProbs, project_and_compare
+from akl_lightning.projection import Logits, Merged, Projection, TopLogProbs, project_and_compare
 
 
 class CriterionOutput(NamedTuple):
@@ -118,7 +120,8 @@ class DistillationCriterion(nn.Module):
 
         Args:
             student: logits ``[tokens, vocab]``, or hidden states and the head that projects them.
-            teacher: likewise, or None with ``alpha = 0``.
+            teacher: likewise, or None with ``alpha = 0``; a :class:`~akl_lightning.projection.Merged` over another
+                vocabulary, with which the divergence and all statistics but cross entropy's are those of the classes.
             labels: ``[tokens]``, the tokens of the data.
             alpha: ``[tokens]``, the weight of the divergence at each token, in [0, 1], in place of the criterion's own;
                 the rest is that of cross entropy, which has it without a teacher, too. Where it is 0, whatever the
@@ -133,12 +136,18 @@ class DistillationCriterion(nn.Module):
             alpha = _checked(alpha, labels, teacher is None)
         elif teacher is None and self.needs_teacher:
             raise UsageError(f"alpha = {self.alpha} needs a teacher: give one, or set alpha to 0.")
+        inner = teacher.logits if isinstance(teacher, Merged) else teacher
+        if inner is not teacher and not isinstance(inner, Tensor | Projection):
+            raise UsageError(
+                "of a teacher over another vocabulary all logits are needed, lest its classes lack some of their mass: "
+                "give its logits, or its hidden states and head."
+            )
         if isinstance(teacher, TopLogProbs) and self.temperature != 1:
             raise UsageError(
                 f"temperature = {self.temperature} softens a whole distribution, and of this teacher the likeliest "
                 "tokens alone are known: set the temperature to 1, or give all of its logits."
             )
-        for name, logits in (("student", student), ("teacher", teacher)):
+        for name, logits in (("student", student), ("teacher", inner)):
             if isinstance(logits, Tensor) and (logits.dim() != 2 or labels.dim() != 1):
                 raise UsageError(
                     f"{name} logits {list(logits.shape)} with labels {list(labels.shape)}: pass logits [tokens, vocab] "
@@ -149,6 +158,10 @@ class DistillationCriterion(nn.Module):
             divergence.pair, divergence.constant, self.alpha, self.temperature, divergence.mu, divergence.head_rule
         )
         compare, per_token = partial(self._compare, how=how), {} if alpha is None else {"alpha": alpha}
+        if isinstance(teacher, Merged):
+            pairwise = kernels.compare if how.pair is not None else self._compare_by_autograd
+            merged = teacher.classes.to(labels.device)
+            compare = partial(compare_in_classes, how=how, classes=merged, pairwise=pairwise)
         return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size, **per_token))
 
     def _compare(
@@ -190,13 +203,23 @@ class DistillationCriterion(nn.Module):
 
     @torch.no_grad()
     def distributions(self, student: Logits, teacher: Logits, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both distributions, softened: probabilities ``[tokens, vocab]`` of student and teacher, to look at."""
-        pairs: list[tuple[Tensor, Tensor]] = []
+        """Both distributions, softened: probabilities ``[tokens, vocab]`` of student and teacher, to look at.
+
+        With a :class:`~akl_lightning.projection.Merged` teacher they are those of the classes, ``[tokens, classes]``.
+        """
+        pairs: list[tuple[Tensor, ...]] = []
+        t, classes = self.temperature, teacher.classes.to(labels.device) if isinstance(teacher, Merged) else None
 
         def keep(student: Tensor, teacher: Tensor | None, labels: Tensor, **_: Any) -> dict[str, Tensor]:
             assert teacher is not None
+            if classes is not None:
+                merge(student, classes.student, classes, t, False)
+                merge(teacher, classes.teacher, classes, t, False)
+                sides = (logits[:, : classes.width] for logits in (student, teacher))
+                pairs.append(tuple(classes.by_number(F.log_probs(logits, t).exp()) for logits in sides))
+                return {"loss": labels}
             student = student[:, : teacher.shape[1]]
-            pairs.append((F.log_probs(student, self.temperature).exp(), F.log_probs(teacher, self.temperature).exp()))
+            pairs.append((F.log_probs(student, t).exp(), F.log_probs(teacher, t).exp()))
             return {"loss": labels}
 
         project_and_compare(student, teacher, labels, keep, self.chunk_size)

@@ -1,5 +1,6 @@
 """Means over response tokens as torchmetrics: right across batches, ranks and a resume."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from torchmetrics import Metric, MetricCollection
 
 from akl_lightning.compat import evaluated_loaders
 from akl_lightning.criterion import STATISTICS
+
+OF_STUDENT = ("loss", "cross_entropy", "router_loss", "aligned")
+"""Statistics that every token has, whether or not there is a teacher at it."""
 
 
 class TokenMean(Metric):
@@ -35,11 +39,15 @@ class TokenMean(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, **statistics: Tensor) -> None:
-        """Add the values ``[tokens]`` of one batch; a batch without this statistic adds nothing."""
+        """Add the values ``[tokens]`` of one batch; a batch without this statistic adds nothing.
+
+        Of a batch with ``aligned`` (1 or 0, ``[tokens]``), what compares with a teacher counts where that is 1 alone.
+        """
         if self.statistic in statistics:
-            values = statistics[self.statistic]
-            self.total = self.total + values.double().sum()
-            self.tokens = self.tokens + values.numel()
+            values = statistics[self.statistic].double()
+            aligned = statistics.get("aligned") if self.statistic not in OF_STUDENT else None
+            self.total = self.total + _sum(values, aligned)
+            self.tokens = self.tokens + (values.numel() if aligned is None else aligned.double().sum())
 
     def compute(self) -> Tensor:
         """The mean, a scalar; NaN where no token was seen."""
@@ -67,12 +75,17 @@ class HeadTailError(Metric):
         for state in ("head", "tail", "tokens"):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None) -> None:
-        """Add the gaps ``[tokens]`` of one batch; a batch without a teacher has none and adds nothing."""
+    def update(
+        self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None, aligned: Tensor | None = None
+    ) -> None:
+        """Add the gaps ``[tokens]`` of one batch; a batch without a teacher has none and adds nothing.
+
+        With ``aligned`` (1 or 0, ``[tokens]``) those count where it is 1.
+        """
         if head_gap is not None and tail_gap is not None:
-            self.head = self.head + head_gap.double().sum()
-            self.tail = self.tail + tail_gap.double().sum()
-            self.tokens = self.tokens + head_gap.numel()
+            self.head = self.head + _sum(head_gap.double(), aligned)
+            self.tail = self.tail + _sum(tail_gap.double(), aligned)
+            self.tokens = self.tokens + (head_gap.numel() if aligned is None else aligned.double().sum())
 
     def compute(self) -> dict[str, Tensor]:
         """``head_error`` and ``tail_error``, scalars between 0 and 2; NaN where no token was seen."""
@@ -129,6 +142,60 @@ class TurnErrors(Metric):
         return {f"{names[n]}/{name}": gap[n] / self.tokens[n] for n in seen for name, gap in gaps.items()}
 
 
+class BitsPerByte(Metric):
+    """Cross entropy per byte of text, in bits, which can be compared over tokenizers; in float64.
+
+    >>> bits = BitsPerByte()
+    >>> bits.update(cross_entropy=torch.tensor([2.0, 4.0]).log(), bytes=torch.tensor([3, 0]))
+    >>> {name: round(value.item(), 4) for name, value in bits.compute().items()}
+    {'bits_per_byte': 1.0}
+    """
+
+    full_state_update = False
+    nats: Tensor
+    bytes: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for state in ("nats", "bytes"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, cross_entropy: Tensor | None = None, bytes: Tensor | None = None) -> None:
+        """Add the cross entropies and the lengths in bytes of a batch's tokens, each ``[tokens]``.
+
+        A token that says nothing, such as the last one, has a cross entropy and no length. A batch whose tokenizer does
+        not tell the bytes of its tokens adds nothing.
+        """
+        if cross_entropy is not None and bytes is not None:
+            self.nats = self.nats + cross_entropy.double().sum()
+            self.bytes = self.bytes + bytes.double().sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """``bits_per_byte``, a scalar, or nothing where no byte was seen."""
+        return {"bits_per_byte": self.nats / (math.log(2) * self.bytes)} if self.bytes else {}
+
+
+class AlignedShare(TokenMean):
+    """Share of the tokens at which a teacher with another tokenizer stands at the same byte.
+
+    >>> share = AlignedShare()
+    >>> share.update(aligned=torch.tensor([1.0, 0.0]))
+    >>> share.compute()
+    {'aligned': tensor(0.5000, dtype=torch.float64)}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("aligned", **kwargs)
+
+    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """``aligned``, a scalar, or nothing where teacher and student share one tokenizer."""
+        return {"aligned": super().compute()} if self.tokens else {}
+
+
+def _sum(values: Tensor, aligned: Tensor | None) -> Tensor:
+    return (values if aligned is None else torch.where(aligned > 0, values, 0)).sum()
+
+
 def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = False) -> MetricCollection:
     """What is logged once an epoch under ``prefix``, fed with the statistics of the criterion.
 
@@ -142,10 +209,12 @@ def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = Fa
         for name in STATISTICS
         if name not in ("head_gap", "tail_gap") and (with_teacher or name in ("loss", "cross_entropy"))
     }
+    metrics["bits_per_byte"] = BitsPerByte()
     if with_teacher:
         metrics["head_tail"] = HeadTailError()
         if prefix != "train/":
             metrics["turns"] = TurnErrors()
+        metrics["aligned"] = AlignedShare()
     if with_router:
         metrics["router_loss"] = TokenMean("router_loss")
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from jsonargparse import lazy_instance
@@ -32,15 +32,15 @@ from akl_lightning.models.lora import LoraSettings, add_lora
 from akl_lightning.models.packing import pack
 from akl_lightning.models.split import SplitModel
 from akl_lightning.models.vocabulary import check_same_vocabulary, name_of, tokenizer_of
-from akl_lightning.optimization import make_optimizer
+from akl_lightning.optimization import ScheduleName, make_optimizer
 from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_module
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
 from akl_lightning.rollouts import OnPolicy, choose_rollouts
+from akl_lightning.teachers.aligned import Alignment, compare_aligned, with_own_tokenizer
 from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean, with_router_loss
-
-ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+from akl_lightning.tokenizers.bytes import bytes_of, lengths
 
 
 class DistillationModule(LightningModule):
@@ -90,6 +90,8 @@ class DistillationModule(LightningModule):
             on any number of devices.
         save_frozen: keep in checkpoints what is frozen and lies under the student's name; else they hold its digest.
         on_policy: let the student answer some prompts anew in every step, and learn from the teacher on its answers.
+        alignment: what is done about a teacher with another tokenizer: compare ``classes`` of tokens where both stand
+            at the same byte of a text, or ``refuse`` it.
 
     Raises:
         UsageError: a model that cannot be had; models, data and tokenizers that do not fit together.
@@ -117,13 +119,14 @@ class DistillationModule(LightningModule):
         activation_checkpointing: bool = False,
         save_frozen: bool = False,
         on_policy: OnPolicy | None = None,
+        alignment: Alignment = "classes",
     ) -> None:
         super().__init__()
         # Only plain data goes into a checkpoint. Under the command line that is the config; from a script, modules
         # and callables are left out and have to be given again to load_from_checkpoint.
         plain = [n for n, v in (("student", student), ("teacher", teacher)) if isinstance(v, str | dict | None)]
         names = ("warmup_steps", "max_new_tokens", "teacher_precision", "attn_implementation", "packing", "save_frozen")
-        self.save_hyperparameters(*plain, *names, logger=False)
+        self.save_hyperparameters(*plain, *names, "alignment", logger=False)
         if lora is not None:
             lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
             self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
@@ -131,7 +134,7 @@ class DistillationModule(LightningModule):
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
         models = {"teacher": teacher if has_own_model(teacher) else None, "student": student}
         self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
-        if self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
+        if alignment == "refuse" and self.model_tokenizers["teacher"] and self.model_tokenizers["student"]:
             check_same_vocabulary(self.model_tokenizers["teacher"], self.model_tokenizers["student"])
         model = load_causal_lm(student, trust_remote_code, "student", attn_implementation=attn_implementation)
         found_again = not save_frozen and not isinstance(student, nn.Module) and name_of(student) is not None
@@ -143,6 +146,7 @@ class DistillationModule(LightningModule):
         if compile:
             self.student.compile_body()
         self.teacher = choose_teacher(teacher, self.student, trust_remote_code, teacher_precision, attn_implementation)
+        self.alignment, self.tokens = alignment, bytes_of(None)
         self.criterion = criterion
         self.optimizer = optimizer
         self.lr_scheduler, self.warmup_steps = lr_scheduler, warmup_steps
@@ -169,6 +173,7 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that student, teacher and data fit together."""
         check_callbacks(self.trainer)
+        self.teacher, self.tokens = with_own_tokenizer(self, stage), bytes_of(self.find_tokenizer())
         check_run(self, stage)
         self.frozen_weights.look()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -222,14 +227,14 @@ class DistillationModule(LightningModule):
             to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
 
         Raises:
-            UsageError: one of the three is missing, or holds what a model does not know; a model cannot be given an
-                entry; the teacher's cache lacks a sample.
+            UsageError: one of the three is missing, or a model or the teacher's cache does not know what they hold.
         """
         batch = self.rollouts.answer(batch)  # from here on nobody can tell
         response = response_of(batch, self.criterion)
         check_batch(self, batch)
         self.student.check_inputs(batch, "student")
-        prepared = {**batch, "response": response, "layout": lay_out(batch), **self.rollouts.prepare(batch, response)}
+        prepared = {**batch, "response": response, "layout": lay_out(batch), **lengths(self.tokens, response.labels)}
+        prepared |= self.rollouts.prepare(batch, response)
         if self.student.packing:
             prepared["packed"] = pack(batch)
         return prepared if self.teacher is None else prepared | self.teacher.prepare(batch, response.positions)
@@ -245,7 +250,7 @@ class DistillationModule(LightningModule):
         try:
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
-            output = self.rollouts.compare(self, batch, student, teacher, labels)
+            output = compare_aligned(self, batch, student, teacher, labels)
             output = with_router_loss(output, self.student.take_router_loss())
         finally:
             if self.teacher is not None:
@@ -352,11 +357,7 @@ class DistillationModule(LightningModule):
     on_predict_epoch_end = _release
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all trainable parameters, and its schedule.
-
-        Raises:
-            UsageError: the optimizer does not accept one of its arguments.
-        """
+        """The optimizer over all trainable parameters, and its schedule."""
         return make_optimizer(self)
 
     def optimizer_step(

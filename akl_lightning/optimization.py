@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,6 +19,8 @@ from akl_lightning.learning_rate import chosen_rate, class_without_rate
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
+
+ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 EPOCHS = 3
 """Of a run that is given no end."""

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from akl_lightning.sides import Logits as Logits
+from akl_lightning.sides import Merged as Merged
 from akl_lightning.sides import Projection as Projection
-from akl_lightning.sides import Side, side_of
+from akl_lightning.sides import Side, arranged, side_of
 from akl_lightning.sides import TopLogProbs as TopLogProbs
 from akl_lightning.sides import rows_of as rows_of
 
@@ -63,7 +64,8 @@ def project_and_compare(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compare student and teacher at every token without ever holding all logits.
 
-    A teacher with more outputs than the student (padding) is cut to the student's.
+    A teacher with more outputs than the student (padding) is cut to the student's. With a :class:`Merged` teacher the
+    logits of both come arranged as its classes say, and the gradient is wanted likewise.
 
     Args:
         student: gets gradients: its hidden states and the parameters of its head, or its logits.
@@ -91,7 +93,12 @@ def project_and_compare(
     (15.0, [3.0, 3.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0])
     """
     sides = [side_of(logits) for logits in (student, teacher) if logits is not None]
-    vocab = sides[0].outputs
+    if isinstance(teacher, Merged):
+        classes = teacher.classes.to(labels.device)
+        pairs = zip(("student", "teacher"), sides, (classes.student, classes.teacher), strict=True)
+        sides = [arranged(name, side, columns) for name, side, columns in pairs]
+    # Arranged sides keep all of their outputs, of whom the larger counts.
+    vocab = max(side.outputs for side in sides) if isinstance(teacher, Merged) else sides[0].outputs
     sides[0].wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sides[0].inputs)
     dtype = torch.promote_types(sides[0].inputs[0].dtype, torch.float32)
     rows = min(chunk_size or _rows(vocab, dtype, labels.device, len(sides)), max(1, len(labels)))

@@ -32,6 +32,7 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import said_by_rank_0
+from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -220,6 +221,10 @@ def distill(cli: RunCLI) -> None:
     say("[bold]The student after distillation, and the teacher")
     look_at("student after", module)
     # In the student's place, compared with itself; it lies in memory but once.
+    if isinstance(module.teacher, AlignedTeacher):
+        data = data.of_teacher()
+        module.model_tokenizers = dict.fromkeys(module.model_tokenizers, data.tokenizer)
+        module.teacher = module.teacher.teacher
     if isinstance(module.teacher, LiveTeacher):
         module.student = module.teacher.model
     else:

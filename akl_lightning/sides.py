@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.compat import has_forward_hooks
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import Classes, Columns
 from akl_lightning.products import MULTIPLE, add_product, columns_for, in_range, multiply, resized
 
 
@@ -58,7 +59,20 @@ class TopLogProbs:
     vocab_size: int
 
 
-Logits = Tensor | Projection | TopLogProbs
+@dataclass(frozen=True)
+class Merged:
+    """A teacher over another vocabulary than the student's, to be compared in classes of the outputs of both.
+
+    Args:
+        logits: the teacher's, over its own vocabulary.
+        classes: of every output of the student and of the teacher.
+    """
+
+    logits: Tensor | Projection
+    classes: Classes
+
+
+Logits = Tensor | Projection | TopLogProbs | Merged
 """Ready-made logits ``[tokens, vocab]``, or the means to compute them."""
 
 
@@ -68,12 +82,16 @@ def rows_of(logits: Logits, tokens: slice | Tensor) -> Logits:
         return logits[tokens]
     if isinstance(logits, Projection):
         return replace(logits, hidden=logits.hidden[tokens])
+    if isinstance(logits, Merged):
+        return replace(logits, logits=rows_of(logits.logits, tokens))  # type: ignore[arg-type]
     parts = {name: getattr(logits, name)[tokens] for name in ("log_probs", "tokens", "rest")}
     return replace(logits, **parts)
 
 
 def side_of(logits: Logits) -> "Side":
-    """The side that makes these logits."""
+    """The side that makes these logits; a merged teacher's are those over its own vocabulary."""
+    if isinstance(logits, Merged):
+        return side_of(logits.logits)
     if isinstance(logits, Tensor):
         return ReadyMade((logits,), logits.shape[-1])
     if isinstance(logits, TopLogProbs):
@@ -87,6 +105,24 @@ def side_of(logits: Logits) -> "Side":
     if type(head) is nn.Linear and not has_forward_hooks(head):
         return LinearHead(logits, head)
     return ModuleHead(logits)
+
+
+def arranged(name: str, side: "Side", columns: Columns) -> "Side":
+    """The same side with its outputs in another order, in which it takes their gradient back."""
+    if len(columns.place) != side.outputs:
+        raise UsageError(
+            f"the {name} has {side.outputs:,} outputs, and the classes are of {len(columns.place):,}: give each output "
+            "a class, padding too."
+        )
+    if isinstance(side, LinearHead) and takes_its_rows(side.inputs[0].device):
+        side.arrange(columns)
+        return side
+    return Arranged(side, columns)
+
+
+def takes_its_rows(device: torch.device) -> bool:
+    """Whether a linear head's rows are arranged, not its logits: on a CPU, chunks are few and the copy costs more."""
+    return device.type != "cpu"
 
 
 class Side(ABC):
@@ -163,6 +199,12 @@ class TopAlone(Side):
 
 
 class LinearHead(Side):
+    arranged: Columns | None = None
+
+    def arrange(self, columns: Columns) -> None:
+        """Make the logits in this order, by taking the weight's rows in it, once."""
+        self.arranged, self.outputs = columns, len(columns.order)
+
     def __init__(self, projection: Projection, head: nn.Linear) -> None:
         super().__init__((projection.hidden, *head.parameters()), len(head.weight))
         self.soft_cap = projection.soft_cap
@@ -174,7 +216,10 @@ class LinearHead(Side):
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         super().prepare(rows, vocab, dtype)
         # Views, or one copy in the precision of the products and with as many rows as columns; not one a chunk.
-        hidden, weight, *bias = (tensor.detach() for tensor in self.inputs)
+        hidden, *parameters = (tensor.detach() for tensor in self.inputs)
+        if self.arranged:
+            parameters = [tensor.index_select(0, self.arranged.order) for tensor in parameters]
+        weight, *bias = parameters
         self.hidden, self.weight = hidden.to(self.dtype), resized(weight.to(self.dtype), self.columns)
         self.bias = resized(bias[0].to(dtype), self.columns) if bias else None
         # In the precision of the products, but where more is done to it before it enters them.
@@ -189,8 +234,13 @@ class LinearHead(Side):
         return super().zeros(tensor.detach()[:1].expand(self.columns, *tensor.shape[1:]))
 
     def sums(self) -> list[Tensor | None]:
-        pairs = zip(self.gradients, self.inputs, strict=True)
-        return [None if total is None else total[: len(tensor)] for total, tensor in pairs]
+        sums = [
+            None if total is None else total[: len(x)] for total, x in zip(self.gradients, self.inputs, strict=True)
+        ]
+        if self.arranged:
+            place = self.arranged.place
+            sums[1:] = [None if total is None else total.index_select(0, place) for total in self.gradients[1:]]
+        return sums
 
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         hidden = self.hidden[chunk]
@@ -258,3 +308,34 @@ class ModuleHead(Side):
             if part is not None and total is not None:
                 (total[chunk] if index == 0 else total).add_(part if scale is None else part.to(scale.dtype) * scale)
         self.own = None  # and with it the graph
+
+
+class Arranged(Side):
+    """Another side's logits, their columns in another order."""
+
+    def __init__(self, side: Side, columns: Columns) -> None:
+        super().__init__(side.inputs, len(columns.order))
+        self.side, self.order = side, columns
+
+    def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+        self.side.wants_gradient = self.wants_gradient
+        self.side.prepare(rows, self.side.outputs, dtype)
+        columns = columns_for(self.outputs, self.side.logits.device)
+        self.logits = self.side.logits.new_empty(rows, columns)[:, : self.outputs]
+
+    def sums(self) -> list[Tensor | None]:
+        return self.side.sums()
+
+    def project(self, chunk: slice, student: Tensor | None) -> Tensor:
+        self.own = self.side.project(chunk, student)
+        index = self.order.order.expand(len(self.own), -1)
+        return torch.gather(self.own, 1, index, out=self.logits[: len(self.own)])
+
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        into = self.side.gradient_of(self.own)
+        index = self.order.place.expand(len(gradient), -1)
+        if into.dtype == gradient.dtype:
+            torch.gather(gradient, 1, index, out=into)
+        else:
+            into.copy_(gradient.gather(1, index))
+        self.side.accumulate(chunk, into)

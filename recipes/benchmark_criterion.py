@@ -2,6 +2,7 @@
 
     python recipes/benchmark_criterion.py
     python recipes/benchmark_criterion.py --vocab 50257 --tokens 1024 --skip_step true
+    python recipes/benchmark_criterion.py --classes true             # a teacher over another vocabulary
     python recipes/benchmark_criterion.py --device cuda              # see benchmark_cuda.py
 
 The first table goes from hidden states to their gradients and the head's, in float32, with the shapes of a 135M model.
@@ -37,16 +38,19 @@ from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import AdaptiveKL, ForwardKL
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import Classes
 from akl_lightning.models.layers import prune_layers
 from akl_lightning.models.load import load_causal_lm
 from akl_lightning.module import DistillationModule
-from akl_lightning.projection import Projection
+from akl_lightning.projection import Merged, Projection
 
 HIDDEN = 576
 CHUNK_BYTES = 2**26  # the floor's chunks are as large as ours
 MIB = 2**20
 LIGER = "Liger-Kernel FKL, compiled"
 TEXTBOOK = "textbook AKL (sort, dense)"
+VOCABULARIES = (50_257, 49_152)
+"""Of GPT-2, a student, and of SmolLM2, whose teacher is compared with it in classes."""
 
 
 def main(
@@ -56,6 +60,7 @@ def main(
     skip_step: bool = False,
     device: Literal["cpu", "cuda"] = "cpu",
     quick: bool = False,
+    classes: bool = False,
 ) -> None:
     """Print the tables.
 
@@ -66,6 +71,8 @@ def main(
         skip_step: leave out the second table.
         device: where; on a GPU with shapes, precision and tables of their own.
         quick: on a GPU, the main rows alone.
+        classes: on a CPU, in place of the tables what it costs that the teacher has 49,152 outputs, the student
+            50,257, and both are compared in classes, beside a teacher and a student of 50,257.
     """
     if rounds < 5:
         raise UsageError(f"rounds must be 5 or more for a median that means something, got {rounds}.")
@@ -76,6 +83,9 @@ def main(
         benchmark_cuda.main(quick, rounds, console)
         return
     torch.set_float32_matmul_precision("highest")
+    if classes:
+        console.print(classes_table(tokens, rounds))
+        return
     table = new_table(
         f"Criterion, forward and backward: medians of {rounds} rounds, hidden size {HIDDEN}, float32, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -83,7 +93,7 @@ def main(
     )
     cases = [(size, count) for size in vocab for count in tokens]
     for size, count in tqdm(cases, desc="Criterion", unit="case"):
-        measured = take_turns(size, count, rounds)
+        measured = take_turns(size, count, rounds, list(CONTENDERS))
         floor_time, floor_memory = statistics.median(measured["floor"][0]), measured["floor"][1]
         for name in CONTENDERS:
             row = [f"{size:,}", f"{count:,}", name]
@@ -112,15 +122,34 @@ def new_table(title: str, headings: tuple[str, ...]) -> Table:
 # The criterion alone
 
 
-def take_turns(vocab: int, tokens: int, rounds: int) -> dict[str, tuple[list[float], int]]:
+def classes_table(tokens: tuple[int, ...], rounds: int) -> Table:
+    """Another vocabulary beside the same one."""
+    vocab = VOCABULARIES[0]
+    table = new_table(
+        f"Criterion, forward and backward, over two vocabularies: medians of {rounds} rounds, hidden size {HIDDEN}, "
+        f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        ("tokens", "contender", "seconds", "spread", "× one vocabulary", "MiB above"),
+    )
+    for count in tqdm(tokens, desc="Classes", unit="case"):
+        measured = take_turns(vocab, count, rounds, [name for pair in IN_CLASSES.items() for name in pair])
+        for one, other in IN_CLASSES.items():
+            for name in (one, other):
+                (seconds, memory), plain = measured[name], statistics.median(measured[one][0])
+                spread, ratio = f"{min(seconds):.2f} to {max(seconds):.2f}", statistics.median(seconds) / plain
+                row = [f"{count:,}", name, f"{statistics.median(seconds):.2f}", spread, f"{ratio:.2f}"]
+                table.add_row(*row, f"{memory / MIB:,.0f}")
+        table.add_section()
+    return table
+
+
+def take_turns(vocab: int, tokens: int, rounds: int, names: list[str]) -> dict[str, tuple[list[float], int]]:
     """Seconds of each round and peak bytes above inputs and gradients, by contender."""
     context = multiprocessing.get_context("spawn")
-    names = list(CONTENDERS)
     # It keeps some fifteen float32 tensors of [tokens, vocab] alive; every contender has two heads and a gradient.
     if 15 * 4 * tokens * vocab + 5 * 3 * 4 * vocab * HIDDEN > 0.6 * available_memory():
-        names.remove(TEXTBOOK)
+        names = [name for name in names if name != TEXTBOOK]
     if importlib.util.find_spec("liger_kernel") is None:
-        names.remove(LIGER)
+        names = [name for name in names if name != LIGER]
     workers: dict[str, tuple[Any, Connection]] = {}
     try:
         for name in names:
@@ -146,9 +175,10 @@ def take_turns(vocab: int, tokens: int, rounds: int) -> dict[str, tuple[list[flo
 
 def contend(name: str, vocab: int, tokens: int, pipe: Connection) -> None:
     """A contender's process: one run on demand, and the peak memory at the end."""
-    run = CONTENDERS[name](inputs(300, 8))
-    run()  # libraries load what they load
-    run = CONTENDERS[name](data := inputs(vocab, tokens))
+    make = {**CONTENDERS, **MERGED}[name]
+    if name in CONTENDERS:
+        make(inputs(300, 8))()  # libraries load what they load
+    run = make(data := inputs(vocab, tokens))
     before = status("VmRSS")
     first = True
     while pipe.recv() == "run":
@@ -185,6 +215,25 @@ def ours(divergence: Any, data: dict[str, Any]) -> Callable[[], None]:
     def run() -> None:
         student = Projection(data["hidden"], data["head"])
         criterion(student, Projection(data["teacher_hidden"], data["teacher"]), data["labels"]).loss.backward()
+
+    return run
+
+
+def merged(divergence: Any, data: dict[str, Any]) -> Callable[[], None]:
+    """Another vocabulary for the teacher; each of its outputs is like one of the student's in the same class."""
+    from benchmark_cuda import class_maps
+
+    of_student, of_teacher = class_maps(len(data["head"].weight), VOCABULARIES[1])
+    like = torch.empty(int(of_student.max()) + 1, dtype=torch.long)
+    like[of_student] = torch.arange(len(of_student))
+    teacher = nn.Linear(HIDDEN, len(of_teacher), bias=False).requires_grad_(False)
+    teacher.weight.copy_(data["teacher"].weight[like[of_teacher]])
+    classes, criterion = Classes(of_student, of_teacher, len(like)), DistillationCriterion(divergence)
+
+    def run() -> None:
+        student = Projection(data["hidden"], data["head"])
+        there = Merged(Projection(data["teacher_hidden"], teacher), classes)
+        criterion(student, there, data["labels"]).loss.backward()
 
     return run
 
@@ -248,6 +297,10 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], Callable[[], None]]] = {
     LIGER: liger,
     TEXTBOOK: textbook,
 }
+
+
+MERGED = {"AKL in classes": partial(merged, AdaptiveKL()), "FKL in classes": partial(merged, ForwardKL())}
+IN_CLASSES = {"AKL": "AKL in classes", "FKL": "FKL in classes"}
 
 
 def status(field: str) -> int:

@@ -24,8 +24,9 @@ from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.divergences import SkewKL
+from akl_lightning.kernels.classes import Classes
 from akl_lightning.module import DistillationModule
-from akl_lightning.projection import Projection, TopLogProbs
+from akl_lightning.projection import Merged, Projection, TopLogProbs
 from tests.conftest import QUIET, gpt2, write
 from tests.test_projection import DIVERGENCES, Adapted, Case, Dense, head
 
@@ -181,6 +182,54 @@ def adapted(case: Case) -> Run:
     return projected(case)
 
 
+def in_classes(
+    case: Case, name: str = "AdaptiveKL", temperature: float = 1.0, chunk_size: int | None = None, alpha: Any = 0.4,
+    **options: Any,
+) -> Run:  # fmt: skip
+    """A teacher over another vocabulary; one class has many outputs, one has none on one side."""
+    generator = torch.Generator().manual_seed(0)
+    count, most = VOCAB - 1500, VOCAB - 500
+    maps = [torch.cat([torch.arange(count), torch.full((most - count,), 7)]) for _ in range(2)]
+    maps = [torch.cat([of, torch.randint(0, 200, (VOCAB - most,), generator=generator)]) for of in maps]
+    maps = [of[torch.randperm(VOCAB, generator=generator)] for of in maps]
+    maps[1][maps[1] == 5] = 6
+    device = case.labels.device
+    classes = Classes(maps[0], maps[1], count).to(device)
+    criterion = DistillationCriterion(EVERY[name], 0.4, temperature, chunk_size=chunk_size)
+    each = torch.linspace(0, 1, len(case.labels)).to(device) if alpha is None else None
+
+    def run() -> tuple[CriterionOutput, list[Tensor]]:
+        for tensor in case.inputs:
+            tensor.grad = None
+        student = Projection(case.student_hidden, case.student, **options)
+        there = Merged(Projection(case.teacher_hidden, case.teacher, **options), classes)
+        output = criterion(student, there, case.labels, each)
+        output.loss.backward()
+        return output, [tensor.grad for tensor in case.inputs if tensor.grad is not None]
+
+    return run
+
+
+def adapted_in_classes(case: Case) -> Run:
+    adapted(case)
+    return in_classes(case)
+
+
+def weighed(case: Case) -> Run:
+    """A weight of its own for each token."""
+    weights = torch.linspace(0, 1, len(case.labels)).to(case.labels.device)
+
+    def run() -> tuple[CriterionOutput, list[Tensor]]:
+        for tensor in case.inputs:
+            tensor.grad = None
+        student, teacher = Projection(case.student_hidden, case.student), Projection(case.teacher_hidden, case.teacher)
+        output = DistillationCriterion()(student, teacher, case.labels, weights)
+        output.loss.backward()
+        return output, [tensor.grad for tensor in case.inputs if tensor.grad is not None]
+
+    return run
+
+
 def without_a_gradient(case: Case) -> Run:
     student, teacher = Projection(case.student_hidden, case.student), Projection(case.teacher_hidden, case.teacher)
 
@@ -212,6 +261,17 @@ KINDS: dict[str, tuple[torch.dtype, Callable[[Case], Run]]] = {
     "no teacher, bfloat16": (BF16, partial(against, lambda case: None, alpha=0.0)),
     "no teacher, float32": (FP32, partial(against, lambda case: None, alpha=0.0)),
     "no gradient": (BF16, without_a_gradient),
+    "a weight a token, bfloat16": (BF16, weighed),
+    "a weight a token, float32": (FP32, weighed),
+    **{f"classes, {name}, float32": (FP32, partial(in_classes, name=name)) for name in EVERY},
+    "classes, bfloat16": (BF16, in_classes),
+    "classes, float16": (FP16, in_classes),
+    "classes, soft cap": (BF16, partial(in_classes, soft_cap=5.0)),
+    "classes, softened, bfloat16": (BF16, partial(in_classes, temperature=2.0)),
+    "classes, softened, float32": (FP32, partial(in_classes, temperature=2.0)),
+    "classes, chunks": (BF16, partial(in_classes, chunk_size=8)),
+    "classes, module head": (FP32, adapted_in_classes),
+    "classes, a weight a token": (BF16, partial(in_classes, alpha=None)),
 }
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning import functional as F
+from akl_lightning.batch import KEYS, OF_TEACHER
 from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
 from akl_lightning.callbacks.figures import HEAD, blank_figure, drawable, in_own_style, ink, shorten, word
 from akl_lightning.callbacks.loggers import log_figure
-from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.callbacks.samples import Row, response_rows, wanted_of_batch
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from akl_lightning.teachers.aligned import AlignedTeacher
 
 _SHOWN = 12
 """Tokens that are drawn."""
@@ -61,8 +63,8 @@ class DistributionPlot(Callback):
         # On every rank, with or without a response, as each may have a part of the models.
         rows = response_rows(pl_module, batch)
         index = rows[0].number if rows else 0
-        sample = {key: batch[key][index : index + 1] for key in ("input_ids", "attention_mask", "labels")}
-        position = min(self.position, len(rows[0].labels) - 1) if rows else 0
+        sample = {key: batch[key][index : index + 1] for key in (*KEYS, *OF_TEACHER) if key in batch}
+        position = self._position(rows[0], batch) if rows else 0
         student, teacher = pl_module.distributions(sample, slice(position, position + 1))
         if not rows or not trainer.is_global_zero:
             return
@@ -71,18 +73,28 @@ class DistributionPlot(Callback):
         in_head = F.head_mask(teacher, divergence.mu, divergence.head_rule)[0].cpu()
         student, teacher = student[0].cpu(), teacher[0].cpu()
         tokens = likeliest(student, teacher, _SHOWN)
+        of_classes = isinstance(pl_module.teacher, AlignedTeacher)
+        kind = "classes" if of_classes else "tokens"
+        shown = pl_module.teacher.tokens_of(tokens) if of_classes else tokens.tolist()  # type: ignore[union-attr]
         until = rows[0].positions[position] + 1
         before = sample["input_ids"][0, :until][sample["attention_mask"][0, :until].bool()]
         figure = draw_distributions(
-            distinct_words(tokenizer, tokens.tolist()),
+            distinct_words(tokenizer, shown),
             student[tokens].tolist(),
             teacher[tokens].tolist(),
             in_head[tokens].tolist(),
-            head=f"head: {in_head.sum():,.3g} of {len(teacher):,} tokens, {(teacher * in_head).sum():.0%} of p",
+            head=f"head: {in_head.sum():,.3g} of {len(teacher):,} {kind}, {(teacher * in_head).sum():.0%} of p",
             context=str(tokenizer.decode(before, skip_special_tokens=True)),
             expected=word(tokenizer, int(rows[0].labels[position])),
         )
         log_figure(trainer, "distributions", figure)
+
+    def _position(self, row: Row, batch: Any) -> int:
+        """Which token of the answer, of those at which the teacher has something to say."""
+        places = list(range(len(row.labels)))
+        if "is_aligned" in batch:
+            places = batch["is_aligned"][row.within].nonzero().flatten().tolist() or places
+        return next((place for place in places if place >= self.position), places[-1])
 
 
 def likeliest(student: Tensor, teacher: Tensor, count: int) -> Tensor:

@@ -32,7 +32,6 @@ class DistillationProgressBar(RichProgressBar):
         super().__init__(refresh_rate, leave)
         self._shown: dict[str, Any] = {}
         self._sums: list[Tensor] = []
-        self._weighted = 0
         self._since = self._until = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -62,7 +61,6 @@ class DistillationProgressBar(RichProgressBar):
 
     def _begin(self) -> None:
         self._sums.clear()
-        self._weighted = 0
         self._since = time.monotonic()
 
     def on_train_batch_end(
@@ -71,8 +69,9 @@ class DistillationProgressBar(RichProgressBar):
         """Count the batch."""
         if self.is_enabled:
             weights = outputs["statistics"].get("head_weight", torch.empty(0, device=outputs["loss"].device))
-            self._sums.append(torch.stack([batch["attention_mask"].sum().to(weights), weights.sum()]))
-            self._weighted += weights.numel()
+            known = ~weights.isnan()  # NaN where a teacher is not aligned
+            sums = batch["attention_mask"].sum().to(weights), weights.nansum(), known.sum().to(weights)
+            self._sums.append(torch.stack(sums))
             self._until = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -81,11 +80,11 @@ class DistillationProgressBar(RichProgressBar):
         seconds = self._until - self._since
         if not self._sums or (self._shown and seconds < _LOOK_EVERY_SECONDS and not trainer.is_last_batch):
             return self._shown
-        tokens, weight = torch.stack(self._sums).sum(0).tolist()
+        tokens, weight, weighted = torch.stack(self._sums).sum(0).tolist()
         shown = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
         self._shown = {"loss": shown.pop("train/loss_step", "-")}
-        if self._weighted:
-            self._shown["head weight"] = weight / self._weighted
+        if weighted:
+            self._shown["head weight"] = weight / weighted
         # Samples are dealt out evenly, so that the other devices are as fast.
         self._shown["tokens/s"] = f"{tokens * trainer.world_size / seconds:,.0f}"
         self._shown |= shown

@@ -58,7 +58,8 @@ class AdaptiveWeightMonitor(Callback):
         self._weights.clear()
         if step % self.every_n_steps:
             return
-        totals = torch.cat([weights.sum()[None], weights.new_tensor([weights.numel()]), weights.histc(_BINS, 0, 1)])
+        known = (~weights.isnan()).sum()[None].to(weights.dtype)  # NaN where a teacher is not aligned
+        totals = torch.cat([weights.nansum()[None], known, weights.histc(_BINS, 0, 1)])
         total, tokens, *counts = trainer.strategy.reduce(totals, reduce_op="sum").cpu()
         if not tokens:
             return

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from akl_lightning.data.sampler import FILLER
+from akl_lightning.tokenizers.alignment import NONE
 
 IGNORE_INDEX = -100
 """Label of what is not to be learnt."""
@@ -18,6 +19,9 @@ NO_TURN = -1
 
 LEARNT = ("input_ids", "spans", "turns")
 """Columns of a batch to learn from."""
+
+TEACHER = ("teacher_input_ids", "teacher_spans", "aligned")
+"""What more a batch has for a teacher with another tokenizer."""
 
 PROMPTS = ("prompt_ids",)
 """Columns of a batch of prompts."""
@@ -54,12 +58,15 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
     """A batch to learn from, padded on the right.
 
     Args:
-        rows: :data:`LEARNT` of samples; one without any token gets a padding token.
+        rows: :data:`LEARNT` of samples, and perhaps :data:`TEACHER`; one without any token gets a padding token.
         pad_id: the padding token.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` and ``turn``, each ``[batch, length]``; and ``index`` ``[batch]``.
         ``turn`` is the number of the assistant's turn that a learnt token belongs to, -1 elsewhere.
+        For a teacher with another tokenizer, ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``,
+        each ``[batch, teacher's length]``, and ``aligned`` ``[batch, length]``: for each learnt token the place of the
+        teacher's in its row, -1 where there is none.
 
     >>> batch = collate([{"input_ids": [5, 6, 7, 8, 9], "spans": [1, 2, 4, 5], "turns": [0, 1], "index": 0}], 0)
     >>> batch["labels"]
@@ -73,12 +80,31 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
         for start, end, turn in zip(row["spans"][::2], row["spans"][1::2], row["turns"], strict=True):
             labels[number][start:end] = ids[number][start:end]
             turns[number][start:end] = [turn] * (end - start)
-    return {
+    batch = {
         "input_ids": _pad(ids, pad_id, "right"),
         "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
         "labels": _pad(labels, IGNORE_INDEX, "right"),
         "turn": _pad(turns, NO_TURN, "right"),
         "index": torch.tensor([row["index"] for row in rows]),
+    }
+    return batch | _teacher_side(rows, labels) if "aligned" in rows[0] else batch
+
+
+def _teacher_side(rows: list[Row], labels: list[list[int]]) -> dict[str, Tensor]:
+    ids = [row["teacher_input_ids"] or [0] for row in rows]  # padding, which nothing sees
+    learnt = [[IGNORE_INDEX] * len(row) for row in ids]
+    for number, row in enumerate(rows):
+        for start, end in zip(row["teacher_spans"][::2], row["teacher_spans"][1::2], strict=True):
+            learnt[number][start:end] = ids[number][start:end]
+    places = [iter(row["aligned"]) for row in rows]
+    aligned = [
+        [NONE if label == IGNORE_INDEX else next(own) for label in of] for own, of in zip(places, labels, strict=True)
+    ]
+    return {
+        "teacher_input_ids": _pad(ids, 0, "right"),
+        "teacher_attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
+        "teacher_labels": _pad(learnt, IGNORE_INDEX, "right"),
+        "aligned": _pad(aligned, NONE, "right"),
     }
 
 

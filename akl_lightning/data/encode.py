@@ -73,7 +73,7 @@ def tokenize(
     """
     if not len(records):
         return datasets.Dataset.from_dict({name: [] for name in ROW_FEATURES}, ROW_FEATURES)
-    content, size = _content(records)
+    content, size = content_of(records, [*_OF_RECORD, "text"])
     described, versions = _described(chat.tokenizer), [transformers.__version__, tokenizers.__version__]
     depends_on = [content, chat.digest, described, asdict(lengths), _CODE, versions]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
@@ -85,7 +85,7 @@ def tokenize(
         fn_kwargs={"chat": chat, "lengths": lengths},
         # A process wants a batch of its own.
         num_proc=min(num_proc, len(records) // 1000) or None,
-        cache_file_name=None if described is None else _cache_file(key),
+        cache_file_name=None if described is None else cache_file(key),
         new_fingerprint=key[:32],
         features=ROW_FEATURES,
         remove_columns=records.column_names,
@@ -149,10 +149,10 @@ class _Digest(io.RawIOBase):
         return len(content)
 
 
-def _content(records: datasets.Dataset) -> tuple[str, int]:
-    """A digest of what records hold, and how many bytes that is; no more than some rows of it lie in memory."""
+def content_of(records: datasets.Dataset, columns: Sequence[str]) -> tuple[str, int]:
+    """A digest of what some columns hold, and how many bytes that is; no more than some rows of it lie in memory."""
     digest = _Digest()
-    records = records.select_columns([*_OF_RECORD, "text"]).with_format("arrow")
+    records = records.select_columns(list(columns)).with_format("arrow")
     schema = pa.schema([(name, records.features.arrow_schema.field(name).type) for name in records.column_names])
     with pa.ipc.new_stream(pa.PythonFile(digest, "w"), schema) as stream:
         for table in records.iter(256):
@@ -169,7 +169,7 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
     return [json.loads(backend.to_str()) | {"padding": None, "truncation": None}, tokenizer.special_tokens_map]
 
 
-def _cache_file(key: str) -> str | None:
+def cache_file(key: str) -> str | None:
     """Where ``datasets`` keeps rows, by a name of all that they depend on."""
     if not datasets.is_caching_enabled():
         return None

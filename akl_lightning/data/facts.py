@@ -18,6 +18,12 @@ class DataFacts:
     tokenizer: PreTrainedTokenizerBase | None = None
     """Whose tokens the batches hold."""
 
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    """The teacher's, where it is given apart."""
+
+    pairing: Any = None
+    """How samples are aligned for a teacher with another tokenizer, :class:`akl_lightning.data.aligned.Pairing`."""
+
     end_tokens: Sequence[int] | None = None
     """Tokens with which a turn of the assistant ends, by the template."""
 

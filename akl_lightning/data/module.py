@@ -1,7 +1,8 @@
 """Conversations, instructions and documents for the Trainer."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import datasets
 import numpy as np
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.data.aligned import Pairing, align_splits
 from akl_lightning.data.chat import Chat, Learn
-from akl_lightning.data.collate import LEARNT, PROMPTS, Row, Rows, collate, collate_prompts
+from akl_lightning.data.collate import LEARNT, PROMPTS, TEACHER, Row, Rows, collate, collate_prompts
 from akl_lightning.data.encode import column, learnt_first, tokenize
 from akl_lightning.data.facts import positions_of
 from akl_lightning.data.lengths import Lengths, Truncate
@@ -68,6 +70,8 @@ class InstructionDataModule(LightningDataModule):
         predict_split: whose prompts are predicted.
         seed: of the order of the samples.
         trust_remote_code: run Python code that comes with the tokenizer.
+        teacher_tokenizer: the teacher's, where it differs; only for one that does not lie beside the teacher.
+        teacher_template: how samples are written for a teacher with another tokenizer, as for ``template``.
 
     Raises:
         UsageError: a tokenizer, template or source that cannot be used, or no usable sample left.
@@ -98,10 +102,19 @@ class InstructionDataModule(LightningDataModule):
         learn: Learn = "all_turns",
         truncate: Truncate = "end",
         special_tokens_in_content: bool = False,
+        teacher_tokenizer: PreTrainedTokenizerBase | str | None = None,
+        teacher_template: str | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code) if isinstance(tokenizer, str) else tokenizer
         self.chat = Chat(self.tokenizer, template, template_arguments, learn, special_tokens_in_content)
+        self.teacher_tokenizer = (
+            load_tokenizer(teacher_tokenizer, trust_remote_code)
+            if isinstance(teacher_tokenizer, str)
+            else teacher_tokenizer
+        )
+        self.teacher_template = teacher_template
+        self.pairing: Pairing | None = None
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value < least:
                 raise UsageError(f"data.{name} must be {least} or more, got {value}.")
@@ -134,6 +147,7 @@ class InstructionDataModule(LightningDataModule):
             self.chat.introduce()
             records = split_records(self.source.load(), self.validation_size, self.test_size)
             lengths = Lengths(self.max_length, self.max_prompt_length, self.truncate)
+            self.pairing = None
             self.splits = {
                 split: tokenize(split, members, self.chat, lengths, self.num_workers)
                 for split, members in records.items()
@@ -156,6 +170,36 @@ class InstructionDataModule(LightningDataModule):
             )
         if self.trainer.state.fn == stage == "fit":
             rank_zero_info(summary(self))
+
+    def align(self, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> Pairing:
+        """Write the samples a second time, for a teacher with another tokenizer; batches hold both from now on.
+
+        Args:
+            tokenizer: the teacher's.
+            longest: tokens that the teacher has positions for; what lies behind is not aligned.
+
+        Raises:
+            UsageError: it does not tell the bytes of its tokens, or does not say the samples' texts.
+        """
+        if self.pairing is None or (self.pairing.tokenizer, self.pairing.longest) != (tokenizer, longest):
+            special = self.chat.special_tokens_in_content
+            teacher = Chat(tokenizer, self.teacher_template, special_tokens_in_content=special)
+            pairing = Pairing(self.chat, teacher, longest)
+            self.splits = align_splits(self.splits, pairing, self.num_workers)
+            self.pairing = pairing
+        return self.pairing
+
+    def of_teacher(self) -> Self:
+        """The same samples as a teacher with another tokenizer reads them, by themselves; behind :meth:`align`."""
+        assert self.pairing is not None
+        other = copy.copy(self)
+        other.chat, other.tokenizer = self.pairing.chats[1], self.pairing.tokenizer
+        other.teacher_tokenizer, other.pairing, other.splits = None, None, {}
+        return other
+
+    @property
+    def _learnt(self) -> tuple[str, ...]:
+        return LEARNT if self.pairing is None else (*LEARNT, *TEACHER)
 
     def _bound(self, positions: int | None) -> bool:
         """Take no more tokens than models have positions, where the user has not said how many; whether it does."""
@@ -211,19 +255,19 @@ class InstructionDataModule(LightningDataModule):
                 f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is "
                 "to be learnt of them"
             )
-        return self._loader("train", LEARNT, range(len(self.splits["train"]) - left), shuffle=True)
+        return self._loader("train", self._learnt, range(len(self.splits["train"]) - left), shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split."""
-        return self._loader("validation", LEARNT)
+        return self._loader("validation", self._learnt)
 
     def test_dataloader(self) -> DataLoader:
         """Batches of the test split."""
-        return self._loader("test", LEARNT)
+        return self._loader("test", self._learnt)
 
     def samples(self, split: str, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
         """Every sample of a split once, on every rank alike, as batches; for looking at them before training."""
-        rows = Rows(self.splits[split], LEARNT)
+        rows = Rows(self.splits[split], self._learnt)
         for start in range(0, len(rows), batch_size):
             yield self._collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
 

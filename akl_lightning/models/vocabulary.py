@@ -34,6 +34,22 @@ def tokenizer_of(
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
+def name_for_tokens(models: Mapping[str, Any], trust_remote_code: bool = False) -> str | None:
+    """The name of the model whose tokenizer data have that are for several.
+
+    Args:
+        models: what they are made of, under ``teacher``, ``student`` or others; the first one with a name is taken, but
+            the student where it has a tokenizer with another vocabulary than the teacher's.
+        trust_remote_code: run Python code that comes with a tokenizer.
+    """
+    names = {role: name for role, model in models.items() if (name := name_of(model)) is not None}
+    if names.get("student") != names.get("teacher"):
+        found = [tokenizer_of(names.get(role), trust_remote_code) for role in ("student", "teacher")]
+        if None not in found and found[0].get_vocab() != found[1].get_vocab():  # type: ignore[union-attr]
+            return names["student"]
+    return next(iter(names.values()), None)
+
+
 def check_same_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, names: tuple[str, str] = ("teacher", "student")
 ) -> None:

@@ -41,6 +41,16 @@ class Teacher(ABC):
         """What tells the teacher's weights from others, or None where they are not looked at; goes into checkpoints."""
         return None
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its own, or None where it has none beside it."""
+        return None
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that it has positions for, or None where that has no bound."""
+        return None
+
     def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
         """What a batch is to carry for :meth:`__call__`, found before the batch goes to the device.
 

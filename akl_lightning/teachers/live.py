@@ -106,6 +106,8 @@ class LiveTeacher(Teacher):
         """Longest sequence that the model has positions for, or None where it does not say."""
         return self._model.max_positions
 
+    longest = max_positions
+
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         self._model.check_fits(name, tokenizer, max_length)
 

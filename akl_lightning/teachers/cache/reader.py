@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.batch import Batch
+from akl_lightning.batch import Batch, teacher_side
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import CONTENT
+from akl_lightning.models.vocabulary import tokenizer_of
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.codecs import find_codec
@@ -105,6 +107,16 @@ class CachedTeacher(Teacher):
     @property
     def fingerprint(self) -> str:
         return self.manifest["teacher"]["weights"]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The one beside the teacher, where that is still the one that the cache was made with."""
+        found = tokenizer_of(self.manifest["teacher"]["name"])
+        return found if found is not None and tokenizer_digests(found) == self.manifest["tokenizer"] else None
+
+    @property
+    def longest(self) -> int | None:
+        return self.manifest["data"].get("longest")
 
     def to(self, device: torch.device) -> Self:
         if device.type != "meta" and self.head is not None:
@@ -229,7 +241,7 @@ class CachedTeacher(Teacher):
 
     def _check_samples(self, split: str, batches: Iterable[Batch], criterion: DistillationCriterion) -> None:
         total, lacking, example = 0, 0, None
-        for batch in batches:
+        for batch in map(teacher_side, batches):
             positions, _ = criterion.response_positions(batch["labels"])
             places, missing = self._find(batch, positions)
             total, lacking = total + len(places), lacking + len(missing)

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, DistributedSampler
 
-from akl_lightning.batch import Batch
+from akl_lightning.batch import Batch, teacher_side
 
 Data = LightningDataModule | DataLoader | list[DataLoader]
 
@@ -47,7 +47,7 @@ class EverySplit(LightningDataModule):
         return loaders
 
     def batches(self) -> Iterator[tuple[Batch, bool]]:
-        """Every batch, and whether it is this rank's share of the data."""
+        """Every batch as the teacher reads it, and whether it is this rank's share of the data."""
         for loader in self.predict_dataloader():
             is_share = isinstance(loader.sampler, DistributedSampler)
-            yield from ((batch, is_share) for batch in loader)
+            yield from ((teacher_side(batch), is_share) for batch in loader)

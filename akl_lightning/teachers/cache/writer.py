@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from akl_lightning.batch import Batch, response_of
+from akl_lightning.batch import Batch, response_of, teacher_side
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError
@@ -25,6 +25,7 @@ from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
 from akl_lightning.projection import Logits, Projection
+from akl_lightning.teachers.aligned import read_by_teacher
 from akl_lightning.teachers.cache import folder
 from akl_lightning.teachers.cache.codecs import find_codec
 from akl_lightning.teachers.cache.format import (
@@ -135,8 +136,8 @@ class CacheWriter(LightningModule):
         if not isinstance(data, EverySplit):
             raise UsageError("CacheWriter needs all splits of the data: run it with write_cache.")
         facts = facts_of(data.data)
-        tokenizer = facts.tokenizer
-        self.teacher.check_fits("teacher", tokenizer, facts.max_length)
+        tokenizer, template, max_length = read_by_teacher(self.teacher, self.name, data.data)
+        self.teacher.check_fits("teacher", tokenizer, max_length)
         model: Any = self.teacher.model.model
         logits = self._probe(model)
         head: dict[str, Tensor] = {}
@@ -169,16 +170,14 @@ class CacheWriter(LightningModule):
                 "weights": weights_digest(model),
             },
             "tokenizer": None if tokenizer is None else tokenizer_digests(tokenizer),
-            "template": None
-            if facts.template_digest is None
-            else {"name": facts.template, "digest": facts.template_digest},
+            "template": template,
             "codec": self.codec.name if self.top_k is None else None,
             "top_k": self.top_k,
             "vocab_size": vocab_size,
             "inputs": None if causal_lm is None else sorted(known_inputs(causal_lm)),
             "soft_cap": logits.soft_cap if isinstance(logits, Projection) else None,
             "head": {"file": HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
-            "data": {"max_length": facts.max_length},
+            "data": {"max_length": facts.max_length, "longest": self.teacher.longest},
             "shards": [],
         }
         return content
@@ -255,6 +254,7 @@ class CacheWriter(LightningModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> dict[str, Any]:
         """Look at a batch before the Trainer's precision has its way with it."""
+        batch = teacher_side(batch)
         return {**batch, "cached": self._look_at(batch)}
 
     def _look_at(self, batch: Batch) -> tuple[Tensor, list[bytes]]:

@@ -1,0 +1,261 @@
+"""The teacher's side of tokenized samples, where its tokenizer is not the student's."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+from lightning.pytorch.utilities import rank_zero_info
+
+from akl_lightning.data.chat import Chat, SampleError
+from akl_lightning.data.encode import cache_file, content_of
+from akl_lightning.data.messages import content_text
+from akl_lightning.errors import UsageError
+from akl_lightning.tokenizers import alignment
+from akl_lightning.tokenizers import bytes as bytes_
+from akl_lightning.tokenizers.alignment import NONE, Side, align
+from akl_lightning.tokenizers.bytes import TokenBytes
+
+FEATURES = {
+    name: datasets.List(datasets.Value("int32")) for name in ("teacher_input_ids", "teacher_spans", "aligned")
+} | {"not_aligned": datasets.Value("string")}
+"""Columns that a tokenized split gets."""
+
+_READ = ("messages", "tools", "cut", "file", "line", "input_ids", "spans", "turns")
+"""Columns of a split that its other side depends on."""
+
+_CODE = [inspect.getsource(part) for part in (alignment, bytes_)]
+
+REFUSED = 0.05
+"""Share of samples that may be said otherwise by the teacher's tokenizer, and be dropped for that."""
+
+
+class TeacherSide(NamedTuple):
+    """A sample as the teacher reads it."""
+
+    input_ids: list[int]
+    """The teacher's tokens, prompt and responses."""
+
+    spans: list[tuple[int, int]]
+    """Which of them belong to responses, each from the first to behind the last."""
+
+    aligned: list[int]
+    """For each learnt token of the student the number of the teacher's that begins at the same byte, or -1."""
+
+
+class Pairing:
+    """Writes samples a second time, as the teacher's template does it, and aligns what is learnt of them.
+
+    Each turn of the assistant is aligned by itself, by the bytes of its text.
+
+    Args:
+        student: makes the data's tokens.
+        teacher: makes the teacher's.
+        longest: tokens that the teacher has positions for; what lies behind is not aligned. None for any number.
+
+    Raises:
+        UsageError: a tokenizer that does not tell the bytes of its tokens; a setting under which there are no turns.
+    """
+
+    def __init__(self, student: Chat, teacher: Chat, longest: int | None = None) -> None:
+        if student.learn == "everything":
+            raise UsageError(
+                "data.learn everything learns prompts too, which student and teacher write by templates of their own: "
+                "set it to all_turns where their tokenizers differ."
+            )
+        self.chats = student, teacher
+        self.tokenizer = teacher.tokenizer
+        self.longest = longest
+        self.student = TokenBytes(student.tokenizer, "student")
+        self.teacher = TokenBytes(teacher.tokenizer, "teacher")
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[TeacherSide | str]:
+        """The teacher's side of rows of a tokenized split; where there is none, why.
+
+        Args:
+            rows: what they say (``messages``, ``tools``), their ``input_ids``, and ``spans`` (flattened) with ``turns``
+                of what is learnt.
+        """
+        encoded = self.chats[1].encode_many([self._record(row) for row in rows])
+        return [
+            str(other) if isinstance(other, SampleError) else self._pair(row, other)
+            for row, other in zip(rows, encoded, strict=True)
+        ]
+
+    def response(self, prompt: Sequence[int], response: Sequence[int], end: int) -> TeacherSide | None:
+        """The teacher's side of a response that is known by its tokens alone, such as the student's own.
+
+        Args:
+            prompt: the teacher's tokens of what it answers.
+            response: the student's tokens, up to the one that ends it, or without one where it is cut.
+            end: the teacher's token that ends a response.
+
+        Returns:
+            None where no text says these tokens, as where a special token stands among them.
+        """
+        mine = Side(self.student, response, self.chats[0].end_tokens)
+        text = mine.body.decode(errors="ignore")
+        ids = [*self.teacher.encode(text), *([] if mine.end is None else [end])]
+        aligned = align(mine, Side(self.teacher, ids, self.chats[1].end_tokens), text)
+        if aligned is None:
+            return None
+        first = len(prompt)
+        return TeacherSide(
+            [*prompt, *ids],
+            [(first, first + len(ids))],
+            [NONE if number == NONE else first + number for number in aligned],
+        )
+
+    def _record(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the teacher's template is given: of a document the block that the row is."""
+        if row["messages"]:
+            return {**row, "text": ""}
+        side = Side(self.student, row["input_ids"], self.chats[0].end_tokens)
+        text = side.body.replace(b"\xff", b"").decode(errors="ignore")
+        return {**row, "text": text, "cut": side.end is None}
+
+    def _pair(self, row: Mapping[str, Any], other: Any) -> TeacherSide | str:
+        messages = json.loads(row["messages"]) if row["messages"] else []
+        texts = [content_text(message) for message in messages if message["role"] == "assistant"]
+        mine = _by_turn(list(zip(row["spans"][::2], row["spans"][1::2], strict=True)), row["turns"])
+        yours = _by_turn(other.spans, other.turns)
+        aligned: list[int] = []
+        for turn, numbers in mine.items():
+            if messages:
+                if turn not in yours:
+                    aligned += [NONE] * len(numbers)
+                    continue
+                found = self._align(row["input_ids"], numbers, other.input_ids, yours[turn], texts[turn])
+            else:  # the block's first token is the last of the one before, and not learnt
+                whole = range(len(row["input_ids"]))
+                text = self._record(row)["text"]
+                found = self._align(row["input_ids"], whole, other.input_ids, range(len(other.input_ids)), text)
+                found = found and [found[number] for number in numbers]
+            if found is None:
+                return self._why(row, texts[turn] if messages else "")
+            aligned += found
+        return self._cut(other.input_ids, other.spans, aligned)
+
+    def _cut(self, ids: list[int], spans: list[tuple[int, int]], aligned: list[int]) -> TeacherSide | str:
+        end = len(ids) if self.longest is None else self.longest
+        kept = [(start, min(stop, end)) for start, stop in spans if start < end]
+        if spans and not kept:
+            return f"its prompt is longer than the {end:,} positions of the teacher"
+        ids = ids[: min(end, kept[-1][1])] if kept else ids[:end]
+        return TeacherSide(ids, kept, [number if number < len(ids) else NONE for number in aligned])
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others."""
+        said = [
+            [chat.digest, tokens.digest] for chat, tokens in zip(self.chats, (self.student, self.teacher), strict=True)
+        ]
+        return hashlib.sha256(json.dumps([said, self.longest]).encode()).hexdigest()
+
+    def _align(
+        self, mine: Sequence[int], numbers: Sequence[int], yours: Sequence[int], others: Sequence[int], text: str
+    ) -> list[int] | None:
+        student = Side(self.student, [mine[number] for number in numbers], self.chats[0].end_tokens)
+        teacher = Side(self.teacher, [yours[number] for number in others], self.chats[1].end_tokens)
+        found = align(student, teacher, text)
+        return found and [NONE if number == NONE else others[number] for number in found]
+
+    def _why(self, row: Mapping[str, Any], text: str) -> str:
+        says = [side.encode(text) and side.join(side.encode(text)).strip() for side in (self.student, self.teacher)]
+        whose = [role for role, said in zip(("student", "teacher"), says, strict=True) if said != text.encode().strip()]
+        if whose:
+            return f"the {whose[0]}'s tokenizer does not say its text ({_shown(text)}) byte by byte"
+        return f"the templates of student and teacher do not write the same response ({_shown(text)})"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _by_turn(spans: Sequence[tuple[int, int]], turns: Sequence[int]) -> dict[int, list[int]]:
+    """Numbers of the learnt tokens of each turn, in order."""
+    of: dict[int, list[int]] = {}
+    for (start, stop), turn in zip(spans, turns, strict=True):
+        of.setdefault(turn, []).extend(range(start, stop))
+    return of
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whole splits
+
+
+def align_splits(
+    splits: Mapping[str, datasets.Dataset], pairing: Pairing, num_proc: int = 0
+) -> dict[str, datasets.Dataset]:
+    """The splits with the teacher's side of each sample, :data:`FEATURES`; what comes of it is said.
+
+    Args:
+        splits: tokenized.
+        pairing: aligns them.
+        num_proc: processes that do it, where there is much of it.
+
+    Raises:
+        UsageError: more than :data:`REFUSED` of the samples are not the same text for both.
+    """
+    written = {split: _written(rows, split, pairing, num_proc) for split, rows in splits.items()}
+    refused = {split: [why for why in rows["not_aligned"] if why] for split, rows in written.items()}
+    count, whole = sum(map(len, refused.values())), sum(map(len, written.values()))
+    if count > REFUSED * whole:
+        why = next(reason for of in refused.values() for reason in of)
+        raise UsageError(
+            f"{count:,} of {whole:,} samples cannot be aligned with the teacher, the first because {why}: take a "
+            "teacher whose tokenizer and template keep such text, or leave such samples out."
+        )
+    return {split: _aligned_alone(rows, split, refused[split]) for split, rows in written.items()}
+
+
+def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int) -> datasets.Dataset:
+    if set(FEATURES) <= set(rows.column_names):  # of another teacher
+        rows = rows.remove_columns(list(FEATURES))
+    features = datasets.Features({**rows.features, **FEATURES})
+    if not len(rows):
+        return datasets.Dataset.from_dict({name: [] for name in features}, features)
+    depends_on = [
+        content_of(rows, _READ)[0],
+        pairing.digest,
+        *_CODE,
+    ]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    return rows.map(
+        _pair_columns,
+        batched=True,
+        fn_kwargs={"pairing": pairing},
+        num_proc=min(num_proc, len(rows) // 1000) or None,
+        cache_file_name=cache_file(key),
+        new_fingerprint=key[:32],
+        features=features,
+        desc=f"Aligning {split}",
+    )
+
+
+# A function of its arguments alone, which name the file that its result is cached in.
+def _pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[str, list[Any]]:
+    sides = pairing.rows([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+    good = [side if isinstance(side, TeacherSide) else TeacherSide([], [], []) for side in sides]
+    return {
+        "teacher_input_ids": [side.input_ids for side in good],
+        "teacher_spans": [[place for span in side.spans for place in span] for side in good],
+        "aligned": [side.aligned for side in good],
+        "not_aligned": [side if isinstance(side, str) else "" for side in sides],
+    }
+
+
+def _aligned_alone(rows: datasets.Dataset, split: str, refused: Sequence[str]) -> datasets.Dataset:
+    """Without those that are not, and a word about both."""
+    if not len(rows):
+        return rows
+    table = rows.select_columns(["aligned"]).with_format("arrow")[:]
+    places = table["aligned"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    share = 100 * (places != NONE).mean() if len(places) else 0.0
+    dropped = f"; {len(refused):,} of {len(rows):,} samples dropped, the first because {refused[0]}" if refused else ""
+    rank_zero_info(f"{split}: {share:.1f} % of {len(places):,} response tokens are aligned with the teacher's{dropped}")
+    if not refused:
+        return rows
+    return rows.select([number for number, why in enumerate(rows["not_aligned"]) if not why])
