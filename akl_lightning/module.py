@@ -223,8 +223,7 @@ class DistillationModule(LightningModule):
                 forward knows (``position_ids``, ``pixel_values``, …) is passed on to it.
 
         Returns:
-            The batch with ``response``, ``layout`` and, where samples are packed, ``packed``; with what the teacher has
-            to say of it, :meth:`~akl_lightning.teachers.base.Teacher.prepare`.
+            The batch with ``response``, ``layout`` and, where samples are packed, ``packed``; what the teacher adds.
 
         Raises:
             UsageError: one of the three is missing, or a model or the teacher's cache does not know what they hold.
@@ -269,7 +268,7 @@ class DistillationModule(LightningModule):
                 :class:`~akl_lightning.projection.Projection`, whose ``hidden`` is ``[tokens, hidden]``.
             teacher: likewise, without gradient, live or from a cache; None without a teacher.
             labels: ``[tokens]``, the tokens of the data.
-            alpha: weight of the divergence at each token, ``[tokens]``, where it is not the criterion's at all of them.
+            alpha: ``[tokens]``, the weight of the divergence where it is not the criterion's at all of them.
         """
         return self.criterion(student, teacher, labels, alpha)
 
