@@ -1,5 +1,6 @@
 """What one batch costs: a divergence to the teacher mixed with the cross entropy of the data."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, final
 
@@ -159,9 +160,9 @@ class DistillationCriterion(nn.Module):
         )
         compare, per_token = partial(self._compare, how=how), {} if alpha is None else {"alpha": alpha}
         if isinstance(teacher, Merged):
+            teacher = replace(teacher, classes=teacher.classes.to(labels.device))
             pairwise = kernels.compare if how.pair is not None else self._compare_by_autograd
-            merged = teacher.classes.to(labels.device)
-            compare = partial(compare_in_classes, how=how, classes=merged, pairwise=pairwise)
+            compare = partial(compare_in_classes, how=how, classes=teacher.classes, pairwise=pairwise)
         return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size, **per_token))
 
     def _compare(

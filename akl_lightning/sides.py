@@ -121,7 +121,10 @@ def arranged(name: str, side: "Side", columns: Columns) -> "Side":
 
 
 def takes_its_rows(device: torch.device) -> bool:
-    """Whether a linear head's rows are arranged, not its logits: on a CPU, chunks are few and the copy costs more."""
+    """Whether a linear head's rows are arranged, and not its logits.
+
+    Where micro-batches have some hundred tokens, as on a CPU, two copies of a weight and one of its gradient cost more.
+    """
     return device.type != "cpu"
 
 
@@ -201,10 +204,6 @@ class TopAlone(Side):
 class LinearHead(Side):
     arranged: Columns | None = None
 
-    def arrange(self, columns: Columns) -> None:
-        """Make the logits in this order, by taking the weight's rows in it, once."""
-        self.arranged, self.outputs = columns, len(columns.order)
-
     def __init__(self, projection: Projection, head: nn.Linear) -> None:
         super().__init__((projection.hidden, *head.parameters()), len(head.weight))
         self.soft_cap = projection.soft_cap
@@ -212,6 +211,10 @@ class LinearHead(Side):
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
         if device != "cuda":  # elsewhere no product of lower precision comes out in float32
             self.dtype = torch.promote_types(self.dtype, torch.float32)
+
+    def arrange(self, columns: Columns) -> None:
+        """Take the weight's rows in another order, once, and so make the logits in it."""
+        self.arranged, self.outputs = columns, len(columns.order)
 
     def prepare(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         super().prepare(rows, vocab, dtype)
@@ -234,13 +237,12 @@ class LinearHead(Side):
         return super().zeros(tensor.detach()[:1].expand(self.columns, *tensor.shape[1:]))
 
     def sums(self) -> list[Tensor | None]:
-        sums = [
-            None if total is None else total[: len(x)] for total, x in zip(self.gradients, self.inputs, strict=True)
-        ]
+        of_hidden, *others = self.gradients
         if self.arranged:
             place = self.arranged.place
-            sums[1:] = [None if total is None else total.index_select(0, place) for total in self.gradients[1:]]
-        return sums
+            return [of_hidden, *(None if total is None else total.index_select(0, place) for total in others)]
+        pairs = zip(self.gradients, self.inputs, strict=True)
+        return [None if total is None else total[: len(tensor)] for total, tensor in pairs]
 
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         hidden = self.hidden[chunk]

@@ -183,8 +183,8 @@ def adapted(case: Case) -> Run:
 
 
 def in_classes(
-    case: Case, name: str = "AdaptiveKL", temperature: float = 1.0, chunk_size: int | None = None, alpha: Any = 0.4,
-    **options: Any,
+    case: Case, name: str = "AdaptiveKL", temperature: float = 1.0, chunk_size: int | None = None,
+    weights: bool = False, **options: Any,
 ) -> Run:  # fmt: skip
     """A teacher over another vocabulary; one class has many outputs, one has none on one side."""
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +196,7 @@ def in_classes(
     device = case.labels.device
     classes = Classes(maps[0], maps[1], count).to(device)
     criterion = DistillationCriterion(EVERY[name], 0.4, temperature, chunk_size=chunk_size)
-    each = torch.linspace(0, 1, len(case.labels)).to(device) if alpha is None else None
+    each = torch.linspace(0, 1, len(case.labels)).to(device) if weights else None
 
     def run() -> tuple[CriterionOutput, list[Tensor]]:
         for tensor in case.inputs:
@@ -271,7 +271,7 @@ KINDS: dict[str, tuple[torch.dtype, Callable[[Case], Run]]] = {
     "classes, softened, float32": (FP32, partial(in_classes, temperature=2.0)),
     "classes, chunks": (BF16, partial(in_classes, chunk_size=8)),
     "classes, module head": (FP32, adapted_in_classes),
-    "classes, a weight a token": (BF16, partial(in_classes, alpha=None)),
+    "classes, a weight a token": (BF16, partial(in_classes, weights=True)),
 }
 
 
