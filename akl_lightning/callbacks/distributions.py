@@ -89,7 +89,6 @@ class DistributionPlot(Callback):
         )
         log_figure(trainer, "distributions", figure)
 
-
     def _position(self, row: Row, batch: Any) -> int:
         """Which token of the answer, of those at which the teacher has something to say."""
         places = list(range(len(row.labels)))
