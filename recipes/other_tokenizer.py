@@ -181,8 +181,8 @@ def continuations(model: Any, context: Tensor, count: int, tokens: int) -> Tenso
     return torch.cat(drawn, 1)
 
 
-def places(chat: Chat, pairs: Sequence[dict[str, str]], count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts and beginnings of responses, both in the teacher's tokens."""
+def places(chat: Chat, pairs: Sequence[dict[str, str]], count: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Prompts, beginnings of responses, and what follows on these in the data, all in the teacher's tokens."""
     draw = random.Random(0)
     for pair in draw.sample(list(pairs), min(count, len(pairs))):
         messages = [{"role": "user", "content": pair["instruction"], "input": ""}]
@@ -190,7 +190,7 @@ def places(chat: Chat, pairs: Sequence[dict[str, str]], count: int) -> Iterator[
         encoded = chat.encode({"messages": json.dumps(messages), "tools": "", "text": "", "cut": False})
         start, stop = encoded.spans[-1]
         cut = draw.randrange(start, stop)
-        yield encoded.input_ids[:start], encoded.input_ids[start:cut]
+        yield encoded.input_ids[:start], encoded.input_ids[start:cut], encoded.input_ids[cut:stop]
 
 
 def token_behind(side: Vocabulary, before: bytes, text: bytes, ended: bool) -> int:
@@ -216,7 +216,9 @@ def error(
     """Total variation between the mapped teacher and an ideal student, in percent; ``error.md``.
 
     The teacher goes on with sampled texts; the student's tokenizer splits each of them again, as an ideal student with
-    the same distribution over texts would have it. What the two then expect at the position is counted over classes.
+    the same distribution over texts would have it. What the two then expect at the position is counted over classes:
+    the teacher in all texts, the student in those in which it has a token that begins there. Only positions at which
+    it has one in the data are looked at, as in training.
 
     Args:
         output: folder of data and report.
@@ -237,36 +239,38 @@ def error(
     torch.manual_seed(0)
     mine = vocabulary(tokenizer, outputs)
     drawn = []
-    for prompt, begun in tqdm(
+    for prompt, begun, rest in tqdm(
         list(places(Chat(tokenizer, TEMPLATE), texts_of(folder, "test"), positions)), "Positions"
     ):
         context = torch.tensor([*prompt, *begun], device=accelerator)
-        drawn.append((begun, continuations(model, context, samples, length).cpu().tolist()))
+        drawn.append((begun, rest, continuations(model, context, samples, length).cpu().tolist()))
     rows = []
     for name in ("the teacher's own", *students):
         other = mine if name == "the teacher's own" else vocabulary(find_tokenizer(name, folder))
         found = {way: make(other, mine) for way, make in PARTITIONS.items()}
         wrong: dict[str, list[float]] = {way: [] for way in found}
         without, whole = 0, 0
-        for begun, texts in drawn:
+        for begun, rest, texts in drawn:
             before, pairs = mine.tokens.join(begun), []
+            if token_behind(other, before, before + mine.tokens.join(rest[:-1]), True) == NONE:
+                continue
             for ids in texts:
                 ends = [number for number, token in enumerate(ids) if token in mine.ends]
                 said = mine.tokens.join(ids[: ends[0]] if ends else ids)
                 if b"\xff" in said:
                     continue  # a special token in the middle, which is no text
                 pairs.append((ids[0], token_behind(other, before, before + said, bool(ends))))
-            without, whole = without + sum(token == NONE for _, token in pairs), whole + len(pairs)
+            split = [token for _, token in pairs if token != NONE]
+            without, whole = without + len(pairs) - len(split), whole + len(pairs)
             for way, (of_student, of_teacher, count) in found.items():
-                far = np.zeros(count + 1)
-                for one, token in pairs:
-                    far[int(of_teacher[one])] += 1 / len(pairs)
-                    far[int(of_student[token]) if token != NONE else count] -= 1 / len(pairs)
+                far = np.zeros(count)
+                np.add.at(far, of_teacher[[one for one, _ in pairs]].numpy(), 1 / max(1, len(pairs)))
+                np.add.at(far, of_student[split].numpy(), -1 / max(1, len(split)))
                 wrong[way].append(50 * float(np.abs(far).sum()))
         figures = [f"{statistics.mean(of):.2f} ± {_half(of):.2f}" for of in wrong.values()]
-        rows.append([name, *figures, f"{100 * without / max(1, whole):.2f}"])
-    heads = ["student's tokenizer", *(TITLES.get(way, way) for way in PARTITIONS), "no boundary there, %"]
-    said = f"{len(drawn)} positions, {samples} texts of {length} tokens; total variation in %, ± 95 % over positions"
+        rows.append([name, str(len(wrong["classes"])), *figures, f"{100 * without / max(1, whole):.2f}"])
+    heads = ["student's tokenizer", "positions", *(TITLES.get(way, way) for way in PARTITIONS), "no boundary there, %"]
+    said = f"{len(drawn)} positions, {samples} texts of {length} tokens at each; total variation in %, ± 95 %"
     _write(output / "error.md", [said, "", *_table(heads, rows)])
 
 

@@ -133,7 +133,7 @@ def test_a_weight_for_each_token(name: str, t: float) -> None:
     assert (gradient - right).norm() <= 1e-9 * right.norm()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 12), st.integers(1, 40), st.integers(1, 40), st.sampled_from(sorted(DIVERGENCES)),
     st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1.0, 0.7, 3.0]), st.integers(0, 999),
@@ -198,10 +198,8 @@ def test_permuted_copies_of_one_vocabulary_cost_what_it_does(name: str, dtype: t
     assert (of_permuted[:, own.argsort()] - right).norm() <= tolerance * right.norm()
 
 
-@each
+@pytest.mark.parametrize("name", ["mix", "JSD"])
 def test_gradcheck(name: str) -> None:
-    if name == "AKL":
-        return  # its weights are held
     student, teacher, labels, *maps = problem()
     there, own = Merged(teacher, Classes(*maps, COUNT)), criterion(name, 0.5)
     student.requires_grad_()

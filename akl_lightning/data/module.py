@@ -179,11 +179,14 @@ class InstructionDataModule(LightningDataModule):
             longest: tokens that the teacher has positions for; what lies behind is not aligned.
 
         Raises:
-            UsageError: it does not tell the bytes of its tokens, or does not say the samples' texts.
+            UsageError: it does not tell the bytes of its tokens, ends no response, or does not say the samples' texts.
         """
         if self.pairing is None or (self.pairing.tokenizer, self.pairing.longest) != (tokenizer, longest):
             special = self.chat.special_tokens_in_content
-            teacher = Chat(tokenizer, self.teacher_template, special_tokens_in_content=special)
+            try:
+                teacher = Chat(tokenizer, self.teacher_template, special_tokens_in_content=special)
+            except UsageError as error:
+                raise UsageError(f"of the teacher's tokenizer: {error}") from error
             pairing = Pairing(self.chat, teacher, longest)
             self.splits = align_splits(self.splits, pairing, self.num_workers)
             self.pairing = pairing

@@ -62,7 +62,7 @@ def test_the_error_of_each_way(output: Path) -> None:
     lines = (output / "error.md").read_text().splitlines()
     assert lines[0].startswith("4 positions, 8 texts of 4 tokens") and len(lines) == 6
     own = [cell.strip() for cell in lines[4].strip("|").split("|")]
-    assert own[0] == "the teacher's own" and len(own) == 5
+    assert own[0] == "the teacher's own" and len(own) == 6 and own[1] == "4"
 
 
 def test_every_way_is_tried_and_reported(output: Path) -> None:

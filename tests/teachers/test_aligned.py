@@ -1,6 +1,7 @@
 """A teacher with another tokenizer: what it is given, what comes of it, and what is refused."""
 
 import copy
+import csv
 import json
 from collections.abc import Sequence
 from itertools import product
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from tokenizers import normalizers
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from akl_lightning.callbacks import AdaptiveWeightMonitor, DistributionPlot, HeadWeightMap
 from akl_lightning.cli import main
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.aligned import Pairing, TeacherSide
@@ -250,6 +253,58 @@ def test_two_tokenizers_are_refused_where_that_is_asked_for_or_nothing_gives_the
     rows = [{"input_ids": row, "attention_mask": row, "labels": row} for row in ids]
     with pytest.raises(UsageError, match="plain DataLoaders give no text to align them by"):
         fitted(module, DataLoader(rows, batch_size=2))
+
+
+def test_a_teacher_without_an_end_is_refused(student_tokenizer: PreTrainedTokenizerFast, corpus: str) -> None:
+    data = data_of(student_tokenizer, corpus)
+    data.setup("fit")
+    with pytest.raises(UsageError, match="of the teacher's tokenizer: the tokenizer has no end-of-text token"):
+        data.align(byte_level(["h e"], []))
+
+
+def test_an_empty_and_a_one_letter_response(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pairs = [{"instruction": "say", "output": ""}, {"instruction": "say x", "output": "x"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = data_of(student_tokenizer, str(tmp_path / "pairs.jsonl"), validation_size=0, test_size=0)
+    data.setup("fit")
+    data.align(teacher_tokenizer)
+    (batch,) = data.samples("train")
+    learnt = (batch["labels"] != -100).sum(1).tolist()
+    assert sorted((batch["aligned"] >= 0).sum(1).tolist()) == sorted(learnt) == [2]  # of nothing, nothing
+    module = DistillationModule(*models(student_tokenizer, teacher_tokenizer))
+    module.teacher = AlignedTeacher(
+        module.teacher,
+        Classes(torch.arange(262), torch.arange(261), 262),
+        teacher_tokenizer,
+        data.align(teacher_tokenizer),
+    )
+    assert module.distill(batch).loss.isfinite()
+
+
+def test_pictures_are_drawn_of_classes_and_of_aligned_tokens(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path
+) -> None:
+    module = DistillationModule(*models(student_tokenizer, teacher_tokenizer))
+    data = data_of(student_tokenizer, corpus, teacher_tokenizer=teacher_tokenizer)
+    logger = CSVLogger(tmp_path)
+    callbacks = [DistributionPlot(), HeadWeightMap(), AdaptiveWeightMonitor(every_n_steps=1)]
+    fitted(module, data, logger=logger, callbacks=callbacks)
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+    logger.save()
+    means = [row["train/head_weight_step"] for row in csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())]
+    assert all(0 < float(mean) < 1 for mean in means if mean) and any(means)
+    batch = module.prepare_batch(next(iter(data.val_dataloader())))
+    student, teacher = module.distributions(batch, slice(0, 2))
+    assert student.shape == teacher.shape == (2, 257)
+    # A class is shown as the shortest token in it: "t" begins "th" and "the".
+    classes, said = module.teacher.classes, module.teacher.pairing.student
+    of = {
+        said.of(token): int(classes.numbers[column]) for token, column in enumerate(classes.student.of_output.tolist())
+    }
+    shown = module.teacher.tokens_of(torch.tensor([of[b"the"], of[b"x"]]))
+    assert [said.of(token) for token in shown] == [b"t", b"x"]
 
 
 def test_special_tokens_by_another_name_are_nearly_equal_vocabularies(corpus: str) -> None:
