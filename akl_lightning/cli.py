@@ -184,6 +184,9 @@ class DistillationCLI(InstructionCLI):
         """Read and tokenize the data before the models, which take longer."""
         with isolate_rng():  # new models are the same whether there was something to tokenize
             data = InstructionDataModule(**self._without_models().data.as_dict())
+            config = self.config if self.subcommand is None else self.config[self.subcommand]
+            on_policy = config.model.get("on_policy")
+            data.prompts_alone = on_policy is not None and on_policy.share > 0
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
         self.datamodule.splits = data.splits
@@ -297,7 +300,7 @@ def tokenizers(args: list[str]) -> None:
     """Look at what two tokenizers have in common: ``akl tokenizers``."""
     from akl_lightning.tokenizers.figures import compare_tokenizers
 
-    parser = OneSentenceParser(prog="akl tokenizers", description="Look at what two tokenizers have in common.")
+    parser = OneSentenceParser(prog="akl tokenizers", description=DESCRIPTIONS["tokenizers"])
     parser.add_function_arguments(compare_tokenizers, as_positional=True)
     compare_tokenizers(**parser.parse_args(args).as_dict())
 

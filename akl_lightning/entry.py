@@ -19,10 +19,11 @@ COMMANDS = {
     "validate": "Measure a student on the validation split.",
     "test": "Measure a student on the test split.",
     "predict": "Let a student answer, in a run of Lightning's.",
-    "show": "Show samples as a model sees them, what is learnt of them marked.",
     "cache": "Write the cache of a teacher, to train without it.",
     "generate": "Write a model's answers to the prompts of a split.",
     "judge": "Let a judge model compare the answers of two models.",
+    "show": "Show samples as a model sees them, what is learnt of them marked.",
+    "tokenizers": "Look at what two tokenizers have in common.",
 }
 """What each command does."""
 

@@ -37,7 +37,7 @@ from akl_lightning.parallel import clip_gradients, data_parallel_mesh, shard_mod
 from akl_lightning.projection import Logits, rows_of
 from akl_lightning.resume import Resume
 from akl_lightning.rollouts import OnPolicy, choose_rollouts
-from akl_lightning.teachers.aligned import Alignment, compare_aligned, with_own_tokenizer
+from akl_lightning.teachers.aligned import Alignment, told_apart, with_own_tokenizer
 from akl_lightning.teachers.choose import choose_teacher, has_own_model
 from akl_lightning.token_mean import StepMean, with_router_loss
 from akl_lightning.tokenizers.bytes import bytes_of, lengths
@@ -249,7 +249,7 @@ class DistillationModule(LightningModule):
         try:
             teacher = None if self.teacher is None else self.teacher(batch, positions)
             student = self.student(batch, positions)
-            output = compare_aligned(self, batch, student, teacher, labels)
+            output = told_apart(self.rollouts.compare(self, batch, student, teacher, labels), batch)
             output = with_router_loss(output, self.student.take_router_loss())
         finally:
             if self.teacher is not None:

@@ -23,7 +23,10 @@ def akl(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command is given: give one of fit, validate, test, predict, cache, generate, judge."),
+        (
+            [],
+            "no command is given: give one of fit, validate, test, predict, cache, generate, judge, show, tokenizers.",
+        ),
         (["fitt", "--help"], "there is no command fitt: did you mean fit?"),
         (["distil"], "there is no command distil: give one of fit, validate,"),
     ],

@@ -154,7 +154,7 @@ class InstructionDataModule(LightningDataModule):
             }
             self.splits["train"] = learnt_first(self.splits["train"])
         train = self.splits["train"]
-        if self.trainer and stage == "fit" and not self._answered and len(train) and not self._learnable("train"):
+        if stage == "fit" and not self._answered and len(train) and not self._learnable("train"):
             raise UsageError(
                 f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give "
                 "samples with a response or a text, or let the student answer the prompts (model.on_policy)."

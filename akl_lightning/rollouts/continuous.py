@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -95,4 +96,8 @@ class ContinuousBatching(Engine):
                 f"engine.memory = {self.memory} GiB holds no response to the longest prompt, which takes "
                 f"{longest * block / 2**30:.2g}: raise it."
             )
-        return ContinuousBatchingConfig(page_size=PAGE, num_blocks=min(wanted, fitting), seed=seed_of(*seeds) % 2**32)
+        known = {field.name for field in fields(ContinuousBatchingConfig)}
+        page: dict[str, Any] = {
+            "page_size" if "page_size" in known else "block_size": PAGE
+        }  # as it was called up to transformers 5.17
+        return ContinuousBatchingConfig(**page, num_blocks=min(wanted, fitting), seed=seed_of(*seeds) % 2**32)

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from akl_lightning.batch import Batch, Response
 from akl_lightning.criterion import CriterionOutput
 from akl_lightning.projection import Logits
+from akl_lightning.teachers.aligned import weights_of
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
@@ -47,7 +48,7 @@ class OffPolicy:
         labels: Tensor,
     ) -> CriterionOutput:
         """What the response tokens of a batch cost; see :meth:`DistillationModule.compare`."""
-        return module.compare(student, teacher, labels)
+        return module.compare(student, teacher, labels, **weights_of(batch, module.criterion.alpha))
 
     def statistics(self, batch: Batch, statistics: dict[str, Tensor]) -> dict[str, Any]:
         """What the metrics are fed with, beside the statistics of the tokens."""

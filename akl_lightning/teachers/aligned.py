@@ -20,7 +20,7 @@ from akl_lightning.metrics import OF_STUDENT
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.models.packing import pack
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
-from akl_lightning.projection import Logits, Merged, Projection, rows_of
+from akl_lightning.projection import Merged, Projection, rows_of
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.tokenizers.alignment import NONE
 from akl_lightning.tokenizers.classes import Vocabulary, find_partition
@@ -227,19 +227,19 @@ def read_by_teacher(
     return facts.tokenizer, template, facts.max_length
 
 
-def compare_aligned(
-    module: "DistillationModule", batch: Batch, student: Logits, teacher: Logits | None, labels: Tensor
-) -> CriterionOutput:
+def weights_of(batch: Batch, alpha: float) -> dict[str, Tensor]:
+    """The weight of the divergence at each response token, where it is not the same at all: 0 where none is aligned."""
+    if "is_aligned" not in batch:  # a subclass may know nothing of weights
+        return {}
+    return {"alpha": torch.where(batch["is_aligned"], alpha, 0.0)}
+
+
+def told_apart(output: CriterionOutput, batch: Batch) -> CriterionOutput:
     """What a batch costs, with the ``bytes`` of each token and whether it is ``aligned`` among its statistics.
 
-    Where the teacher does not stand at the same byte there is cross entropy alone, with weight 1, and what compares
-    with the teacher is NaN.
+    Where the teacher does not stand at the same byte, what compares with it is NaN.
     """
     aligned = batch.get("is_aligned")
-    if aligned is None:
-        output = module.rollouts.compare(module, batch, student, teacher, labels)
-    else:
-        output = module.compare(student, teacher, labels, torch.where(aligned, module.criterion.alpha, 0.0))
     statistics = output.statistics | ({"bytes": batch["bytes"]} if "bytes" in batch else {})
     if aligned is not None:
         for name in statistics.keys() - {"bytes", *OF_STUDENT}:

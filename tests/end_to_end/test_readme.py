@@ -132,7 +132,9 @@ def judge() -> Iterator[Server]:
 def affordable(line: str) -> str:
     """What of a command is run here."""
     command, _, comment = line.partition("  #")
-    command = re.sub(r"^torchrun --nnodes .*?(?=recipes/)", "python ", command).replace(" fit ... ", " fit --config run.yaml ")
+    command = re.sub(r"^torchrun --nnodes .*?(?=recipes/)", "python ", command).replace(
+        " fit ... ", " fit --config run.yaml "
+    )
     if command.startswith("transformers serve"):
         return "true"  # another server is there
     if any(sign in command for sign in ONLY_ITS_OPTIONS):
