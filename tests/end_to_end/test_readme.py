@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from akl_lightning import divergences
@@ -109,6 +110,11 @@ def clone(tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path) -> Pa
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(tmp_path / "models" / name)
         tokenizer.save_pretrained(tmp_path / "models" / name)
+    other = ByteLevelBPETokenizer()
+    other.train_from_iterator([(tmp_path / "pairs.jsonl").read_text()], 280, special_tokens=["<|end|>"])
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|end|>")
+    shutil.copytree(tmp_path / "models/large", tmp_path / "models/other")
+    PreTrainedTokenizerFast(tokenizer_object=other._tokenizer, **names).save_pretrained(tmp_path / "models/other")
     (tmp_path / "chats.jsonl").write_text(
         "".join(json.dumps({"messages": _chat(number)}) + "\n" for number in range(60)), encoding="utf-8"
     )
