@@ -22,7 +22,7 @@ COMMANDS = {
     "cache": "Write the cache of a teacher, to train without it.",
     "generate": "Write a model's answers to the prompts of a split.",
     "judge": "Let a judge model compare the answers of two models.",
-    "show": "Show samples as a model sees them, what is learnt of them marked.",
+    "show": "Show samples with what is learnt of them marked.",
     "tokenizers": "Look at what two tokenizers have in common.",
 }
 """What each command does."""

@@ -57,7 +57,7 @@ def test_the_help_names_what_the_parser_behind_it_has(
     assert set(options_of(entry.command_list())) - {"--print_completion"} <= set(options_of(asked[0]))
     assert akl(monkeypatch, "--help") == 0
     output = capsys.readouterr().out
-    assert all(f"\n    {name}" in output and what in output for name, what in entry.COMMANDS.items())
+    assert all(f"{name} " in output and what in output for name, what in entry.COMMANDS.items())
 
 
 def test_what_a_command_line_does_not_need_is_not_imported() -> None:
