@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges
+from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
 from akl_lightning.data.rendering import Message, Rendering, SampleError
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
@@ -53,6 +53,12 @@ class Encoded:
     tools_left_out: bool = False
     """Whether it has tools that the template does not write."""
 
+    thoughts_left_out: bool = False
+    """Whether the assistant thinks what the template does not write."""
+
+    answers_left_out: bool = False
+    """Whether it is a prompt, as a question comes last, in which the assistant has said something before."""
+
 
 @dataclass
 class _Plan:
@@ -74,6 +80,8 @@ class _Plan:
     answered: bool = False
     document: bool = False
     tools_left_out: bool = False
+    thoughts_left_out: bool = False
+    answers_left_out: bool = False
 
 
 class Chat:
@@ -161,6 +169,7 @@ class Chat:
     def digest(self) -> str:
         """SHA-256 of what the tokens depend on beside the records and the tokenizer."""
         settings = [self.rendering.texts, self.arguments, self.learn, self.special_tokens_in_content, self._own_input]
+        settings.append(self._lead)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def encode(self, record: Record) -> Encoded:
@@ -211,18 +220,19 @@ class Chat:
         if messages[-1]["role"] == "assistant":
             plan = self._answer(messages, tools, learnt, ends)
         else:
-            plan = self._prompt(messages, tools)
+            plan = self._prompt(messages, tools, learnt)
         plan.tools_left_out = bool(tools) and not self.rendering.writes_tools
         return plan
 
-    def _prompt(self, messages: list[Message], tools: list[Any] | None) -> _Plan:
+    def _prompt(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool]) -> _Plan:
         prompt = self.rendering.text(messages, tools, prompt=True)
         try:
             turns = self._turns.find(prompt, messages, tools)
         except SampleError:  # nothing of it is learnt
             turns = []
         text = Text(prompt, literal=self._literal(prompt, messages, tools, True))
-        return _Plan(text, starts=self._starts(prompt, messages, turns), prompt=prompt, prompt_end=len(prompt))
+        starts = self._starts(prompt, messages, turns)
+        return _Plan(text, starts=starts, prompt=prompt, prompt_end=len(prompt), answers_left_out=any(learnt))
 
     def _answer(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool], ends: bool) -> _Plan:
         rendering = self.rendering
@@ -234,6 +244,7 @@ class Chat:
                 raise SampleError(f"the chat template leaves out what the {message['role']} says once it is answered.")
         turns = self._turns.find(whole, messages, tools, prompt)
         last = turns[-1]
+        learnt = [learn and turn.says(whole) for turn, learn in zip(turns, learnt, strict=True)]
         if prompt is None:
             prompt = whole[: last.start]
         if self.learn == "last_turn":
@@ -261,6 +272,7 @@ class Chat:
             None if goes_on else Text(prompt, literal=self._literal(prompt, messages[:-1], tools, True)),
             ends=ends and not rendering.ends,
             answered=True,
+            thoughts_left_out=_thoughts_left_out(whole, messages, turns),
         )
 
     def _literal(self, written: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> list[Range]:
@@ -316,7 +328,7 @@ class Chat:
             spans = [(first, len(ids))]
         elif self.learn == "everything" and plan.answered:
             spans = _others([(at[start], at[end]) for start, end in plan.left_out], first, len(ids))
-            turns = list(range(len(spans)))
+            turns = [0] * len(spans)  # pieces, not turns
         return Encoded(
             ids,
             [span for span in spans if span[0] < span[1]],
@@ -326,12 +338,21 @@ class Chat:
             prompt_ids,
             tokens.in_pieces,
             plan.tools_left_out,
+            plan.thoughts_left_out,
+            plan.answers_left_out,
         )
 
     def _begun(self, ids: list[int], plan: _Plan) -> tuple[list[int], int]:
         """Tokens with those that begin a text, once, and how many have come to them."""
         lead = self._tokenize.lead if plan.document else self._lead
         return (ids, 0) if not lead or ids[: len(lead)] == lead else ([*lead, *ids], len(lead))
+
+
+def _thoughts_left_out(whole: str, messages: list[Message], turns: list[Turn]) -> bool:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    return any(
+        thought_of(message) not in whole[turn.start : turn.end] for turn, message in zip(turns, answers, strict=False)
+    )
 
 
 def _others(ranges: list[Range], start: int, end: int) -> list[Range]:

@@ -48,6 +48,8 @@ ROW_FEATURES = datasets.Features(
         "note": datasets.Value("string"),
         "in_pieces": datasets.Value("bool"),
         "tools_left_out": datasets.Value("bool"),
+        "thoughts_left_out": datasets.Value("bool"),
+        "answers_left_out": datasets.Value("bool"),
     }
 )
 """Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and
@@ -117,7 +119,7 @@ def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) 
         lengths,
     )
     columns: dict[str, list[Any]] = {name: [row.record[name] for row in rows] for name in _OF_RECORD}
-    own = ("input_ids", "turns", "prompt", "prompt_ids", "kept", "whole", "note", "in_pieces", "tools_left_out")
+    own = ("input_ids", "turns", "prompt", "prompt_ids", "kept", "whole", "note", *_FLAGS)
     columns |= {name: [getattr(row, name) for row in rows] for name in own}
     return columns | {
         "spans": [[edge for span in row.spans for edge in span] for row in rows],
@@ -183,7 +185,7 @@ def cache_file(key: str) -> str | None:
 
 
 def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
-    table = rows.select_columns(["note", "whole", "file", "line", "form", "in_pieces", "tools_left_out"])
+    table = rows.select_columns(["note", "whole", "file", "line", "form", *_FLAGS])
     table = table.with_format("arrow")[:]
     documents = table.filter(pc.field("form") == "text")
     conversations = len(table) - len(documents)
@@ -232,6 +234,9 @@ _SAID = {
 _FLAGS = {
     "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach "
     "from a prompt into its response",
+    "thoughts_left_out": "have thoughts of the assistant that the chat template does not write, they are not learnt",
+    "answers_left_out": "end with a question and are prompts, the answers before it are not learnt: leave it out of the "
+    "data to learn them",
     "tools_left_out": "have tools, which the chat template does not write: give another data.template",
 }
 

@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from akl_lightning.errors import UsageError, first_line
 Found = tuple[dict[str, Any], int, str]
 """An object, its line (of a column file its row, from 0), and its place in words."""
 
+_BLANK = re.compile(r"[ \t\r\n]*")
 _CHUNK = 2**20
 
 
@@ -139,10 +141,9 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
 
     try:
         while True:
-            rest = buffer[at:].lstrip(" \t\r\n") if at < len(buffer) else ""
-            skipped = len(buffer) - at - len(rest) if at < len(buffer) else 0
-            line += buffer.count("\n", at, at + skipped)
-            at += skipped
+            begins = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            line += buffer.count("\n", at, begins)
+            at = begins
             if at == len(buffer):
                 if ended:
                     if expected:
@@ -166,6 +167,8 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
                     raise refuse(error.msg) from error
                 more()
                 continue
+            except ValueError as error:  # a number of thousands of digits
+                raise refuse(error) from error
             yield value, line
             line += buffer.count("\n", at, end)
             at, expected = end, ","

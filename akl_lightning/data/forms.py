@@ -113,7 +113,7 @@ class Forms:
                     notes["dropped, without a response"] += 1
                     return None
                 messages = messages[:-1] if ends_blank else messages
-            cut = one.given.get("cut") is True
+            cut = one.given.get("cut") in (True, "True", "true")  # a text in a CSV file
             return conversation(messages, form, file, line, one.tools(), references, cut)
         except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text that could be tokenized
             raise UsageError(f"{where} is no JSON in UTF-8 ({error}): mend or remove the line.") from error
@@ -187,14 +187,15 @@ class _Record:
             field = names["messages"] if form == "messages" else form
             messages = self.messages(field, given[field])
             is_prompt = bool(messages) and messages[-1]["role"] != "assistant"
-            reply = next((name for name in ("chosen", names["output"]) if is_prompt and name in given), None)
+            replies = ("chosen", "completion", names["output"])
+            reply = next((name for name in replies if is_prompt and name in given), None)
             if reply is not None:
                 response, references = self.responses(reply)
                 messages += response
                 wants_response = not response
             elif is_prompt:
                 self.expect_no_reply(field, [field])
-            for name in self.forms.mains:
+            for name in (*self.forms.mains, "history"):
                 if name in given and name not in (field, reply) and not (reply and name == names["instruction"]):
                     self.left(name, field)
         else:
@@ -219,6 +220,9 @@ class _Record:
         if field not in given:
             return []
         if isinstance(given[field], list):
+            for name in ("history", names["input"]):
+                if name in given:
+                    self.left(name, field)
             return self.messages(field, given[field])
         message = {"role": "user", "content": self.text(field, given[field])}
         if names["input"] in given:
@@ -270,6 +274,8 @@ class _Record:
 
     def tools(self) -> list[Any]:
         if "tools" in self.given:
+            if "functions" in self.given:
+                self.left("functions", "tools")
             return self.listed("tools", self.given["tools"])
         functions = self.listed("functions", self.given.get("functions", []))
         return [{"type": "function", "function": function} for function in functions]
@@ -319,10 +325,14 @@ class _Record:
             given["tool_calls"] = self.calls(at, calls)
         if isinstance(content, list):
             content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+            if odd := [part for part in content if not isinstance(part, dict)]:
+                self.refuse(f"{at} has {str(odd[0])[:40]!r} among the parts of its content: give texts")
         elif content is not None:
             content = self.text(f"{at}: content", content)
         elif not given.get("tool_calls") and not given.get("reasoning_content"):
             self.refuse(f"{at} ({called}) has no content")
+        if "input" in given:
+            given["input"] = self.text(f"{at}: input", given["input"])
         learn = self.learn(at, role, given.pop("learn", None), given.pop("weight", None))
         return {"role": role, "content": content, **given, **({} if learn else {"learn": False})}
 

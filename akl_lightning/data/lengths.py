@@ -77,6 +77,8 @@ class Fitted:
     """As :class:`~akl_lightning.data.chat.Encoded` says it; so is the next."""
 
     tools_left_out: bool = False
+    thoughts_left_out: bool = False
+    answers_left_out: bool = False
 
 
 def fit(records: Sequence[Record], encode: Encode, lengths: Lengths) -> list[Fitted]:
@@ -111,6 +113,8 @@ def fit(records: Sequence[Record], encode: Encode, lengths: Lengths) -> list[Fit
                 fitted[index] = [_row(now[index], encoded, whole[index], notes[index], lengths)]
             else:
                 now[index] = {**now[index], "messages": json.dumps(shorter, ensure_ascii=False)}
+                if lengths.truncate == "end":  # they were of the last turn
+                    now[index] = {**now[index], "cut": False, "references": []}
                 notes[index] = lengths.truncate
                 longer.append(index)
         waiting = longer
@@ -171,6 +175,7 @@ def _row(record: Record, encoded: Encoded, whole: int, note: str, lengths: Lengt
     spans = [(start, min(stop, end)) for start, stop in encoded.spans if start < end]
     row = Fitted(record, whole, note, spans=spans, turns=list(encoded.turns[: len(spans)]))
     row.in_pieces, row.tools_left_out = encoded.in_pieces, encoded.tools_left_out
+    row.thoughts_left_out, row.answers_left_out = encoded.thoughts_left_out, encoded.answers_left_out
     row.input_ids = list(encoded.input_ids[: spans[-1][1]] if spans else encoded.prompt_ids)
     if prompt <= lengths.longest_prompt:  # else it is not asked
         row.prompt, row.prompt_ids = encoded.prompt, list(encoded.prompt_ids)

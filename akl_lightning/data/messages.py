@@ -30,13 +30,13 @@ def for_template(message: Message, rendering: Rendering, knows_input: bool) -> M
     message = {key: value for key, value in message.items() if value not in (None, []) and key != "learn"}
     content = message.get("content")
     if isinstance(content, list):
-        others = [part.get("type") for part in content if "text" not in part]
+        others = [part.get("type") for part in content if not isinstance(part.get("text"), str)]
         if others:
             raise SampleError(f"a content has a part of type {others[0]!r}, and only texts can be learnt from.")
         if not rendering.takes_parts:
             message["content"] = content_text(message)
     if "input" in message and not knows_input:
-        message["content"] = "\n".join(text for text in (message["content"], message.pop("input")) if text)
+        message["content"] = "\n".join(text for text in (content_text(message), str(message.pop("input"))) if text)
     if rendering.parts and isinstance(message.get("content"), str):
         message["content"] = [{"type": "text", "text": message["content"]}]
     if message.get("tool_calls"):
@@ -56,6 +56,17 @@ def content_text(message: Message) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content)
     return "" if content is None else str(content)
+
+
+def thought_of(message: Message) -> str:
+    """What the assistant thinks before it answers, as a field of its own or within the content.
+
+    >>> thought_of({"content": "<think>two and two</think>4"})
+    'two and two'
+    """
+    before, mark, _ = content_text(message).partition("</think>")
+    inside = before.rpartition("<think>")[2] if mark else ""
+    return str(message.get("reasoning_content") or inside).strip()
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -118,12 +118,10 @@ class Files(Source):
         if path.is_file():
             return [(path, "train")]
         if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".") and ending(file)
-            )
+            inside = sorted(file for file in path.rglob("*") if _holds_records(file))
             if not inside:
                 raise UsageError(f"the folder {path} holds no file that ends with {', '.join(READERS)}.")
-            return [(file, _split_of(file)) for file in inside]
+            return [(file, _split_of(file.relative_to(path))) for file in inside]
         matching = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not matching:
             raise UsageError(f"there is no file {path}: give data.source.path the path of a file, folder or pattern.")
@@ -146,8 +144,19 @@ class JsonLines(Files):
     otherwise = ".jsonl"
 
 
+def _mixed(of_records: np.ndarray) -> np.ndarray:
+    """Other numbers of the records than those by which they are split, so that a choice is no choice of a split."""
+    return of_records * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _holds_records(file: Path) -> bool:
+    beside = ("dataset_info.json", "state.json", "dataset_dict.json")  # as save_to_disk writes them
+    return file.is_file() and not file.name.startswith(".") and file.name not in beside and bool(ending(file))
+
+
 def _split_of(file: Path) -> str:
-    words = "".join(letter if letter.isalpha() else " " for letter in file.name.lower()).split()
+    """The split that the name of a file, or of a folder that it lies in, says."""
+    words = "".join(letter if letter.isalpha() else " " for letter in str(file).lower()).split()
     for split, names in {"validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"}}.items():
         if names & set(words):
             return split
@@ -370,6 +379,6 @@ class Mixture(Source):
                     f"{source.description}: {len(data) - count:,} of {len(data):,} records left out by the weights of "
                     "the mixture"
                 )
-                data = data.select(np.sort(np.argsort(keys(data), kind="stable")[::-1][:count]))
+                data = data.select(np.sort(np.argsort(_mixed(keys(data)), kind="stable")[:count]))
             parts.append(data)
         return parts

@@ -39,11 +39,15 @@ def split_records(
     if "train" not in splits:  # a test set
         return {"train": nothing, "validation": nothing, **splits}
     train = splits["train"]
-    order = np.argsort(keys(train), kind="stable")
+    of_records = keys(train)
+    order = np.argsort(of_records, kind="stable")
     used = 0
     for split, size in (("validation", validation_size), ("test", test_size)):
         if split not in splits:
             number = size if isinstance(size, int) else round(size * len(order))
+            if number and isinstance(size, float):  # answers to one prompt stay together
+                last = of_records[order[min(used + number, len(order)) - 1]]
+                number = int(np.searchsorted(of_records[order], last, side="right")) - used
             splits[split] = train.select(order[used : used + number])
             used += number
     if used >= len(order):

@@ -29,6 +29,10 @@ class Turn:
     marked: tuple[tuple[int, int], ...] | None = None
     """What of it the template marks as generated, or None where it marks nothing at all."""
 
+    def says(self, whole: str) -> bool:
+        """Whether there is more of it than its end, in what the template has written."""
+        return bool(whole[self.start : self.said].strip())
+
 
 class Turns:
     """Finds the turns of the assistant in what a template has written.
@@ -136,7 +140,7 @@ class Turns:
         ends = [*self._ends.finditer(whole, start, stop)]
         if not ends:
             raise _unclear("it ends a turn of the assistant with none of its tokens for that")
-        if not calls and not _is_whole(whole[start : ends[-1].start()], content_text(message)):
+        if not _is_whole(whole[start : ends[-1].start()], content_text(message)):
             raise SampleError("the chat template leaves out a part of what the assistant says.")
         return Turn(start, ends[-1].start(), ends[-1].end())
 
