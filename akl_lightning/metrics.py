@@ -119,13 +119,21 @@ class TurnErrors(Metric):
             self.add_state(state, torch.zeros(turns, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
-        self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None, turn: Tensor | None = None
+        self,
+        head_gap: Tensor | None = None,
+        tail_gap: Tensor | None = None,
+        turn: Tensor | None = None,
+        aligned: Tensor | None = None,
     ) -> None:
         """Add the gaps ``[tokens]`` of one batch; ``turn`` ``[tokens]`` numbers the turns from 0.
+
+        Of a teacher with another tokenizer, those of ``aligned`` tokens alone.
 
         A batch without a teacher, or that knows no turns, adds nothing.
         """
         if head_gap is not None and tail_gap is not None and turn is not None:
+            if aligned is not None:
+                turn = turn.masked_fill(aligned == 0, -1)
             # A row for each turn, not index_add, which on a GPU adds up in another order every time.
             of_turn = turn.clamp(max=self.turns - 1) == torch.arange(self.turns, device=turn.device)[:, None]
             self.head = self.head + torch.where(of_turn, head_gap.double(), 0.0).sum(1)

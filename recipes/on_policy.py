@@ -62,6 +62,7 @@ def warm_up(cli: OnPolicyRecipe) -> None:
         default_root_dir=cli.run_folder,
     )
     rollouts, module.rollouts = module.rollouts, OffPolicy()
+    module.rollouts.outline = rollouts.outline  # type: ignore[method-assign]  # before the student is sharded
     trainer.fit(module, cli.datamodule)
     module.rollouts = rollouts
 

@@ -1,5 +1,6 @@
 """What is distilled into what, before a run, and what came of it, after one."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -103,7 +104,7 @@ def results(trainer: Trainer, seconds: float) -> Group:
     table.add_column("training", justify="right")
     table.add_column("validation", justify="right")
     for figure, of in in_order(means).items():
-        cells = [f"{of[stage]:.4f}" if stage in of else "-" for stage in ("train", "val")]
+        cells = [f"{of[stage]:.4f}" if not math.isnan(of.get(stage, math.nan)) else "-" for stage in ("train", "val")]
         table.add_row(figure.replace("_", " "), *cells)
     took = timedelta(seconds=round(seconds))
     title = f"Trained {trainer.current_epoch} epochs, {trainer.global_step:,} optimizer steps, in {took}"

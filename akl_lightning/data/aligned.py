@@ -78,11 +78,14 @@ class Pairing:
             rows: what they say (``messages``, ``tools``), their ``input_ids``, and ``spans`` (flattened) with ``turns``
                 of what is learnt.
         """
-        encoded = self.chats[1].encode_many([self._record(row) for row in rows])
-        return [
-            str(other) if isinstance(other, SampleError) else self._pair(row, other)
-            for row, other in zip(rows, encoded, strict=True)
-        ]
+        records = [self._record(row) for row in rows]
+        says = [bool(record["messages"] or record["text"]) for record in records]
+        encoded = iter(self.chats[1].encode_many([record for record, some in zip(records, says, strict=True) if some]))
+        sides: list[TeacherSide | str] = []
+        for row, some in zip(rows, says, strict=True):
+            other = next(encoded) if some else SampleError("a block of it holds no whole character")
+            sides.append(str(other) if isinstance(other, SampleError) else self._pair(row, other))
+        return sides
 
     def response(self, prompt: Sequence[int], response: Sequence[int], end: int) -> TeacherSide | None:
         """The teacher's side of a response that is known by its tokens alone, such as the student's own.

@@ -235,8 +235,8 @@ _FLAGS = {
     "in_pieces": "tokenized in pieces, since special tokens in what is said are text there, or a token would reach "
     "from a prompt into its response",
     "thoughts_left_out": "have thoughts of the assistant that the chat template does not write, they are not learnt",
-    "answers_left_out": "end with a question and are prompts, the answers before it are not learnt: leave it out of the "
-    "data to learn them",
+    "answers_left_out": "end with a question and are prompts, the answers before it are not learnt: leave the question "
+    "out of the data to learn them",
     "tools_left_out": "have tools, which the chat template does not write: give another data.template",
 }
 

@@ -142,8 +142,8 @@ class _Record:
             form, used = "messages", [names["messages"]]
         elif "conversations" in given:
             form, used = "conversations", ["conversations"]
-        elif "prompt" in given and "completion" in given:
-            form, used = "prompt_completion", ["prompt", "completion"]
+        elif "prompt" in given and self.completion in given:
+            form, used = "prompt_completion", ["prompt", self.completion]
         elif "chosen" in given and "prompt" in given:
             form, used = "preference", ["prompt"]
         elif pair:
@@ -164,6 +164,12 @@ class _Record:
             if name in given and name not in used and form not in ("messages", "conversations"):
                 self.left(name, used[0])
         return form
+
+    @property
+    def completion(self) -> str:
+        """The field of what completes a prompt: one that the user has named before the usual one."""
+        named = self.names["output"]
+        return named if named != "output" and named in self.given else "completion"
 
     def left(self, name: str, beside: str) -> None:
         self.notes[f"have a field {name!r} that is left, because of their {beside!r}"] += 1
@@ -200,7 +206,7 @@ class _Record:
                     self.left(name, field)
         else:
             messages = self.prompt(form)
-            reply = {"instruction": names["output"], "prompt_completion": "completion", "preference": "chosen"}.get(
+            reply = {"instruction": names["output"], "prompt_completion": self.completion, "preference": "chosen"}.get(
                 form
             )
             if reply is not None:

@@ -89,10 +89,12 @@ def samples_of(batch: Batch, ignore_index: int) -> list[Sample]:
     samples = []
     for row, number in enumerate(numbers):
         real = mask[row].bool()
-        of_row, turn = learnt[row][real], turns[row][real]
-        begins = of_row.clone()
-        begins[1:] &= ~of_row[:-1] | (turn[1:] != turn[:-1])
-        starts = begins.nonzero().flatten()
+        places, turn = learnt[row][real].nonzero().flatten(), turns[row][real]
+        of = turn[places]
+        begins = torch.ones_like(places, dtype=torch.bool)
+        # A template may mark several pieces of one turn.
+        begins[1:] = (of[1:] != of[:-1]) | ((of[1:] < 0) & (places[1:] != places[:-1] + 1))
+        starts = places[begins]
         samples.append(Sample(ids[row][real].tolist(), starts.tolist(), turn[starts].tolist(), number))
     return samples
 

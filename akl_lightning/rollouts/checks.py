@@ -67,6 +67,12 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     data = data_of(module.trainer)
     if not isinstance(data, InstructionDataModule):
         return
+    if data.chat.learn == "everything":
+        raise UsageError(f"data.learn everything leaves no prompt to be answered: set it to all_turns, or {off}.")
+    if stage == "fit" and "text" in data.splits["train"].unique("form"):
+        raise UsageError(
+            f"the training data hold documents, which have no prompt to be answered: leave them out, or {off}."
+        )
     if stage == "fit" and not max(data.splits["train"]["prompt_length"], default=0):
         raise UsageError(f"no training sample has a prompt to be answered: give other data, or {off}.")
     setting, tokens = "on_policy.decoding.max_new_tokens", rollouts.settings.decoding.max_new_tokens

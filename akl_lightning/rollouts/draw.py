@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from akl_lightning.batch import Batch, Response
 from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
+from akl_lightning.data.facts import data_of
 from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
 from akl_lightning.data.spread import spread
 from akl_lightning.errors import UsageError
@@ -83,6 +84,8 @@ class Rollouts(OffPolicy):
     def forget(self) -> None:
         self._ahead = Ahead(-1, 0, {})
         self._clock: Clock | None = None
+        self._order: tuple[int, list[int]] | None = None
+        """An epoch, and the order of this rank's samples in it."""
         self.broken_off = False
         """Whether sampling for a batch has failed: the loader has given it, and nothing was done with it."""
         self._place: Any = None
@@ -169,15 +172,17 @@ class Rollouts(OffPolicy):
         """Prompts of this rank's samples in the optimizer steps that are sampled for now, and the step behind them."""
         trainer, sampler = self.module.trainer, loader.sampler
         assert isinstance(sampler, StepSampler)
-        order, size = list(sampler), sampler.batch_size
-        micro_batches = [order[start : start + size] for start in range(0, len(order), size)]
+        size = sampler.batch_size
+        if self._order is None or self._order[0] != sampler.epoch:  # to list it takes long where there are many
+            self._order = sampler.epoch, list(sampler)
+        order = self._order[1]
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         here = progress.processed  # batches, of this epoch
         per_step = accumulated(trainer, self.module.current_epoch)
         end = min(int(trainer.num_training_batches), here + per_step * self.settings.refresh_every)
         tasks: list[Task] = []
         for place in range(here, end):
-            rows = [loader.dataset[index] for index in micro_batches[place]]
+            rows = [loader.dataset[index] for index in order[place * size : (place + 1) * size]]
             samples = samples_of(loader.collate_fn(rows), self.module.criterion.ignore_index)
             tasks += self._chosen(samples, step + (place - here) // per_step).values()
         return tasks, step - (here - end) // per_step
@@ -335,4 +340,5 @@ class Rollouts(OffPolicy):
         settings = self.settings
         decoding = settings.decoding
         drawn = [decoding.max_new_tokens, decoding.temperature, decoding.top_p, settings.seed]
-        return [settings.share, settings.refresh_every, settings.responses_from, settings.turns, *drawn]
+        order = [getattr(data_of(self.module.trainer), name, None) for name in ("seed", "group_by_length")]
+        return [settings.share, settings.refresh_every, settings.responses_from, settings.turns, *drawn, *order]

@@ -37,6 +37,7 @@ class WholeModel:
         """Free the copy, if there is one."""
         self._copy = None
 
+    @torch.inference_mode(False)  # or what a validation has copied could not be written over in training
     @torch.no_grad()
     def now(self, dtype: torch.dtype | None) -> SplitModel:
         """The student with its weights of now; called on every rank where they are sharded.

@@ -22,7 +22,6 @@ from akl_lightning.models.packing import pack
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.projection import Merged, Projection, rows_of
 from akl_lightning.teachers.base import Teacher
-from akl_lightning.tokenizers.alignment import NONE
 from akl_lightning.tokenizers.classes import Vocabulary, find_partition
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class AlignedTeacher(Teacher):
         # What a position predicts is the token behind it, here and there.
         tokens = batch["aligned"].flatten()[positions + 1]
         before = positions // length * width + tokens - 1
-        aligned = tokens != NONE
+        aligned = tokens > 0  # nothing predicts the teacher's first token
         places = torch.searchsorted(response, before).where(aligned, 0)
         of_teacher = {**own, "response": response, "layout": lay_out(own)}
         if self._packing:
