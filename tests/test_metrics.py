@@ -132,3 +132,9 @@ def test_a_run_that_goes_on_has_the_same_errors(tmp_path: Path) -> None:
     names = {name for name in whole if "turn" in name}
     assert len(names) == 4 and all(name.startswith("val/") for name in names)
     assert all(torch.equal(whole[name], resumed[name]) for name in names)
+
+
+def test_turns_leave_out_tokens_that_are_not_aligned() -> None:
+    errors, gaps = TurnErrors(), torch.tensor([0.5, torch.nan, 1.0])
+    errors.update(gaps, gaps, torch.tensor([0, 1, 1]), torch.tensor([1.0, 0.0, 1.0]))
+    assert errors.compute()["turn_2/head_error"] == 1

@@ -654,3 +654,21 @@ def test_smollm2() -> None:
         said = [tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.spans]
         assert said == ["Paris.<|im_end|>", "Madrid.<|im_end|>"]
     assert "named SmolLM" in chat.rendering.system
+
+
+def test_thoughts_that_the_template_does_not_write_are_noticed() -> None:
+    chat = Chat(tokenizers.base())
+    thought = assistant("Paris.", reasoning_content="France, so")
+    assert chat.encode(record(user("Which?"), thought)).thoughts_left_out
+    assert not chat.encode(record(user("Which?"), assistant("Paris."))).thoughts_left_out
+    only = assistant(None, reasoning_content="France, so")
+    encoded = chat.encode(record(user("Which?"), only))
+    assert encoded.thoughts_left_out and not encoded.spans, "an end alone is not learnt"
+    assert chat.encode(record(*TWO[:3])).answers_left_out and not chat.encode(record(*TWO)).answers_left_out
+
+
+def test_a_content_beside_calls_that_the_template_leaves_out_is_refused() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    messages = (user("Add."), assistant("Let me see.", tool_calls=[call]))
+    with pytest.raises(SampleError, match="leaves out a part of what the assistant says"):
+        Chat(tokenizers.llama3()).encode(record(*messages))

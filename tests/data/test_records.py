@@ -236,7 +236,7 @@ def test_without_a_response_only_a_test_has_a_use_for_it() -> None:
          "has a prompt that is not among the chosen messages"),
         ({"system": "s", "messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "a"}]},
          "has a system message and another one under 'system'"),
-        ({"messages": [{"role": "user", "content": [b"x"]}]}, "line 7: message 1 has .* among the parts of its content"),
+        ({"messages": [{"role": "user", "content": [b"x"]}]}, "message 1 has .* among the parts of its content"),
     ],
 )  # fmt: skip
 def test_bad_records_are_one_sentence(record: dict[str, Any], message: str) -> None:

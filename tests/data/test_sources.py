@@ -400,6 +400,40 @@ def test_a_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert set(Mixture([tests, tests]).load()) == {"test"}
 
 
+def test_a_weighted_mixture_holds_out_of_each_source(tmp_path: Path) -> None:
+    few = [{"instruction": f"few {number}", "output": "a"} for number in range(100)]
+    many = [{"instruction": f"many {number}", "output": "a"} for number in range(1000)]
+    sources: list[Source] = [
+        JsonLines(write(tmp_path / f"{name}.jsonl", lines(*records))) for name, records in (("a", few), ("b", many))
+    ]
+    splits = split_records(Mixture(sources, [1, 1]).load(), 0.1, 0.1)
+    for split in ("validation", "test"):
+        assert {prompt.split()[0] for prompt in prompts(splits[split])} == {"few", "many"}
+
+
+def test_answers_to_one_prompt_stay_together(tmp_path: Path) -> None:
+    records = [{"instruction": f"p{number % 20}", "output": f"a{number}"} for number in range(400)]
+    splits = split_records(JsonLines(write(tmp_path / "a.jsonl", lines(*records))).load(), 0.13, 0.07)
+    train, validation, test = (set(prompts(splits[split])) for split in ("train", "validation", "test"))
+    assert not train & validation and not train & test and not validation & test and validation and test
+
+
+def test_folders_say_splits_and_what_describes_a_data_set_is_no_record(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        write(tmp_path / "d" / split / "x.jsonl", lines({"instruction": split, "output": "a"}))
+    (tmp_path / "d" / "state.json").write_text("{}")
+    loaded = Files(str(tmp_path / "d")).load()
+    assert {split: prompts(data) for split, data in loaded.items()} == {"train": ["train"], "test": ["test"]}
+
+
+def test_a_completion_may_have_another_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"prompt": "Q", "completion": "old", "better": "new"}))
+    for settings, expected in (({}, "old"), ({"output": "better"}, "new")):
+        (row,) = Files(path, **settings).load()["train"]
+        assert json.loads(row["messages"])[-1]["content"] == expected
+
+
 def split_by_hand(names: list[str], validation: int, test: int) -> dict[str, list[str]]:
     order = sorted(names, key=lambda name: hashlib.sha256(f"{name}\0".encode()).digest())
     held_out = order[: validation + test]

@@ -84,3 +84,15 @@ def test_nothing_is_learnt_behind_the_first_end_and_a_cut_answer_has_none() -> N
 def test_what_a_new_response_could_not_be_given_is_refused(more: dict[str, torch.Tensor]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(more))}.*share to 0"):
         samples_of({**BATCH, **more}, -100)
+
+
+def test_pieces_of_a_turn_are_one_response() -> None:
+    ids = torch.arange(1, 9)[None]
+    labels = torch.tensor([[-100, 2, -100, 4, -100, -100, 7, 8]])
+    turn = torch.tensor([[-1, 0, -1, 0, -1, -1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "turn": turn}
+    (sample,) = samples_of(batch, -100)
+    assert (sample.starts, sample.turns) == ([1, 6], [0, 1])
+    del batch["turn"]
+    (sample,) = samples_of(batch, -100)
+    assert sample.starts == [1, 3, 6]

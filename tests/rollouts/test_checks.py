@@ -1,5 +1,6 @@
 """What cannot be had is refused in one sentence, before any work."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts import OnPolicy, Sampling
@@ -130,3 +132,28 @@ def test_nan_while_sampling_is_said(data: InstructionDataModule) -> None:
     module = DistillationModule(model, gpt2(24), on_policy=OnPolicy(1.0, Sampling(4)))
     with pytest.raises(EngineError, match="no rollouts at optimizer step 0, GenerateEngine says: the model gives NaN"):
         Trainer(**QUIET, max_epochs=1, limit_val_batches=0).fit(module, data)
+
+
+def lines(path: Path, records: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_data_without_a_prompt_to_answer(tokenizer, tmp_path: Path) -> None:
+    path = lines(tmp_path / "text.jsonl", [{"text": "one two three four five"}])
+    documents = InstructionDataModule(tokenizer, JsonLines(path), validation_size=0, test_size=0, max_length=32)
+    refused("documents, which have no prompt to be answered", documents)
+    pairs = lines(tmp_path / "pairs.jsonl", [{"instruction": f"a {number}", "output": "b"} for number in range(8)])
+    whole = InstructionDataModule(tokenizer, JsonLines(pairs), learn="everything", max_length=32)
+    refused("data.learn everything leaves no prompt to be answered", whole)
+
+
+def test_a_validation_before_the_fit(tokenizer, tmp_path: Path) -> None:
+    """What it has copied of the student is written over in training."""
+    pairs = lines(tmp_path / "pairs.jsonl", [{"instruction": f"a {number}", "output": "b"} for number in range(8)])
+    data = InstructionDataModule(tokenizer, JsonLines(pairs), batch_size=2, max_length=32)
+    module = DistillationModule(gpt2(16), gpt2(24), on_policy=OnPolicy(1.0, Sampling(4)))
+    trainer = Trainer(**QUIET, max_steps=2, precision="bf16-mixed")
+    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    assert trainer.global_step == 2
