@@ -313,7 +313,7 @@ class DistillationModule(LightningModule):
     def _step(self, batch: Batch, metrics: MetricCollection) -> dict[str, Any]:
         output = self.distill(batch)
         more = self.rollouts.statistics(batch, output.statistics) | turns_of(batch, self.criterion)
-        metrics.update(**output.statistics, **more)
+        metrics.update(**output.statistics | more)
         return {"loss": output.loss, "statistics": output.statistics}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

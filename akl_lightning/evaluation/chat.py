@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 
 from akl_lightning.errors import UsageError
 
-FIRST_WAIT = 1.0  # seconds before the second attempt, or up to twice as many; the wait doubles from attempt to attempt,
-LONGEST_BACK_OFF = 60.0  # up to so many
+FIRST_WAIT, LONGEST_BACK_OFF = 1.0, 60.0  # seconds; from attempt to attempt the wait, or up to twice as much, doubles
 LONGEST_WAIT = 300.0  # seconds; where Retry-After asks for more, the request is given up
 MAX_IN_A_ROW = 3  # requests that end without a reply, until the endpoint is taken for dead
 SHORTEST_KEY = 8  # letters of a key that is worth hiding: local servers take a digit for one, and it is in every reply
@@ -82,9 +81,9 @@ class ChatEndpoint:
     """An OpenAI-compatible chat endpoint, asked at temperature 0.
 
     Answers 408, 409, 425, 429 and 5xx, time-outs, lost connections and bodies that are no chat completion are asked
-    again after a wait that doubles, beside ``Retry-After``; where several requests in a row get no reply in
-    spite of that, asking ends. Ctrl-C or SIGTERM lets what is on the way end and keeps it; a second one ends at once.
-    Call it from no running event loop. A setting that cannot be raises UsageError.
+    again after a wait that doubles, beside ``Retry-After``; where several requests in a row get no reply in spite of
+    that, asking ends. Ctrl-C or SIGTERM lets what is on the way end and keeps it; a second one ends at once. Call it
+    from no running event loop. A setting that cannot be is a UsageError.
 
     Args:
         model: what the endpoint calls the model; default: the environment's ``OPENAI_MODEL``.

@@ -27,8 +27,7 @@ SYSTEM = "You are a helpful and precise assistant for checking the quality of th
 PROMPT = Path(__file__).with_name("judge_prompt.txt").read_text(encoding="utf-8").strip()
 """The user message; ``{question}`` is the instruction and, after an empty line, its input."""
 
-VERDICTS = ("win", "tie", "loss")
-"""Of the first model against the second."""
+VERDICTS = ("win", "tie", "loss")  # of the first model against the second
 
 
 def messages(pair: AnswerPair) -> list[list[dict[str, str]]]:
@@ -138,7 +137,10 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         with atomic_file(path) as file:
             file.write_text(json.dumps(settings, indent=2))
-    theirs = json.loads(path.read_bytes())
+    try:
+        theirs = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: give another folder as output.") from error
     if differing := [name for name in settings if theirs.get(name) != settings[name]]:
         said = ", ".join(f"{name} ({theirs.get(name)!r} there, {settings[name]!r} here)" for name in differing)
         raise UsageError(f"the replies in {folder} are of another {said}: give another folder as output.")

@@ -241,7 +241,9 @@ class Rollouts(OffPolicy):
             return {}
         found = statistics_of(batch["rollouts"], statistics)
         self.watch.add_entropy(found["rollout_entropy"])
-        return found
+        # What the student itself has said has no cross entropy.
+        others = batch["rollouts"].others
+        return found | {name: statistics[name][others] for name in ("cross_entropy", "bytes") if name in statistics}
 
     def end_batch(self) -> None:
         """Count the time that a batch has taken, and note where the loader is behind a whole step."""

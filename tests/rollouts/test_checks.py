@@ -157,3 +157,6 @@ def test_a_validation_before_the_fit(tokenizer, tmp_path: Path) -> None:
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     assert trainer.global_step == 2
+    means = trainer.callback_metrics
+    assert means["train/rkl"] > 0
+    assert means["train/cross_entropy"].isnan(), "of what it says itself there is none"
