@@ -61,6 +61,11 @@ def is_recurrent(model: nn.Module | None) -> bool:
     return getattr(model, "_is_stateful", False)
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention that a model runs with; ``set_attn_implementation`` is public, and nothing to ask what it set."""
+    return str(model.config._attn_implementation)
+
+
 def mark_as_read(tensors: Iterable[Tensor]) -> None:
     """Let ``initialize_weights`` leave tensors alone that hold what a file has given."""
     for tensor in tensors:

@@ -243,6 +243,13 @@ def test_subcommands_of_a_parser() -> None:
         assert parser.parse_args(["more"]).subcommand == "more"
 
 
+def test_the_attention_of_a_model() -> None:
+    with relies_on("transformers keeps a model's attention in config._attn_implementation"):
+        model = LlamaForCausalLM(TINY)
+        model.set_attn_implementation("eager")
+        assert compat.attention_of(model) == "eager"
+
+
 def test_stand_ins_for_defaults() -> None:
     with relies_on("jsonargparse names what lazy_instance makes of a class LazyInstance_ and its name"):
         assert compat.is_stand_in(type(lazy_instance(BoringModel))) and not compat.is_stand_in(BoringModel)

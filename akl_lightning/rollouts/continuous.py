@@ -9,6 +9,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from akl_lightning.checkpoint import random_states, set_random_states
+from akl_lightning.compat import attention_of
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.models.generation import plain_decoding
@@ -53,7 +54,7 @@ class ContinuousBatching(Engine):
         first = torch.tensor([list(prompts[0])], device=model.device)
         if model(input_ids=first, use_cache=False).logits.isnan().any():
             raise UsageError("the model gives NaN, nothing can be drawn from it: look at its weights and precision.")
-        states, attention = random_states(), model.config._attn_implementation
+        states, attention = random_states(), attention_of(model)
         settings = GenerationConfig(
             do_sample=True,
             temperature=decoding.temperature,
@@ -73,7 +74,7 @@ class ContinuousBatching(Engine):
                 )
         finally:
             set_random_states(states)
-            if model.config._attn_implementation != attention:
+            if attention_of(model) != attention:
                 model.set_attn_implementation(attention)
         failed = [output.error for output in outputs.values() if output.error is not None]
         if failed or len(outputs) < len(prompts):

@@ -51,7 +51,10 @@ def test_it_and_what_it_starts_are_what_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("name = 'beside'")
     (tmp_path / "script.py").write_text("import beside, os; print(beside.name, os.getcwd(), __name__)")
     assert run(str(tmp_path / "script.py"))[1] == f"beside {Path.cwd()} __main__\n"
-    assert "{fit,validate,test,predict,cache,generate,judge}" in run("--help", program=str(warm() / "akl"))[1]
+    assert (
+        "{fit,validate,test,predict,cache,generate,judge,show,tokenizers}"
+        in run("--help", program=str(warm() / "akl"))[1]
+    )
 
 
 def test_it_has_the_files_that_it_was_given() -> None:

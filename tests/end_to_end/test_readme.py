@@ -1,5 +1,6 @@
 """What the README says is what the project does."""
 
+import copy
 import json
 import os
 import re
@@ -67,6 +68,7 @@ if __name__ == "__main__":
 
 
 def test_what_is_learnt_is_what_akl_show_prints(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tokenizer)  # all tests share it
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     examples = re.findall(r"^```json\n(.*?)^```\n\n```shown\n(.*?)^```", GUIDES, re.M | re.S)
