@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -294,8 +294,12 @@ def test_when_a_process_dies_the_run_ends_in_one_sentence(
     )
     try:
         wait_for(folder / "out/place")
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        other = [int(pid) for pid in children if "training" in Path(f"/proc/{pid}/cmdline").read_text()]
+        other: list[int] = []
+        until = time.monotonic() + 60
+        while not other and time.monotonic() < until:  # a worker begins a little later, and anew with each epoch
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            with suppress(FileNotFoundError):
+                other = [int(pid) for pid in children if "training" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(other[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
         assert process.returncode in sentences
