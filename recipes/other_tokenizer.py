@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from jsonargparse import auto_cli
 from lightning.pytorch import Trainer, seed_everything
 from scipy.stats import t as student_t
@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from akl_lightning.checkpoint import atomic_file
 from akl_lightning.cli import run_command
+from akl_lightning.comparison import share_out
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.module import InstructionDataModule
@@ -382,24 +383,18 @@ def train(
             cache = write_cache(
                 CacheWriter(teacher, str(output / "cache"), codec="bfloat16"), data(name, 0), Trainer(**flags)
             )
+
+    def run(folder: Path, name: str, seed: int, bar: tqdm) -> None:
+        if not (folder / "result.json").exists():
+            bar.set_postfix_str(f", {name}, seed {seed}")
+            student, way = name.split("/")
+            result = run_one(data(student, seed), f"cache:{cache}", way, seed, settings, flags)
+            with atomic_file(folder / "result.json") as file:
+                file.write_text(json.dumps(result, indent=2))
+        bar.update()
+
     names = [(name, way, seed) for seed in seeds for name in students for way in ways]
-    with tqdm(total=len(names), desc="Runs") as bar:
-        missing = list(names)
-        for timeout in (0, -1):  # first those that nobody works on, then those that somebody else has not finished
-            for name, way, seed in list(missing):
-                run = output / name / way / f"seed{seed}"
-                run.mkdir(parents=True, exist_ok=True)
-                try:
-                    with FileLock(run / ".lock", timeout=timeout):
-                        if not (run / "result.json").exists():
-                            bar.set_postfix_str(f"{name}, {way}, seed {seed}")
-                            result = run_one(data(name, seed), f"cache:{cache}", way, seed, settings, flags)
-                            with atomic_file(run / "result.json") as file:
-                                file.write_text(json.dumps(result, indent=2))
-                except Timeout:
-                    continue
-                missing.remove((name, way, seed))
-                bar.update()
+    share_out(output, [(f"{name}/{way}", seed) for name, way, seed in names], run)
     report(output, names, seeds)
 
 
