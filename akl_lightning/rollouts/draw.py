@@ -91,6 +91,7 @@ class Rollouts(OffPolicy):
         self._place: Any = None
         """Where the training loader was behind the last whole optimizer step."""
         self.watch.forget()
+        self.sampler.whole.forget()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training
