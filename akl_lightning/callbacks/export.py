@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from akl_lightning.callbacks.model_card import model_card
@@ -91,7 +92,7 @@ class StudentExport(Callback):
             return
         student: Any = getattr(getattr(pl_module, "student", None), "model", None)
         adapted = hasattr(student, "peft_config")
-        if not adapted and not isinstance(student, PreTrainedModel):
+        if not adapted and not isinstance(student, transformers.PreTrainedModel):
             raise UsageError(
                 f"StudentExport cannot write a {type(student).__name__}, only transformers models: remove the callback."
             )

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import transformers
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def stop_tokens(
@@ -39,7 +40,7 @@ def up_to_end(tokens: Tensor, ends: Sequence[int]) -> list[list[int]]:
 
 
 @contextmanager
-def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
+def plain_decoding(model: "transformers.PreTrainedModel") -> Iterator[None]:
     """Let a model's generation config say nothing.
 
     ``generate`` fills in from it whatever the call leaves open: penalties, tokens that are forced, forbidden or

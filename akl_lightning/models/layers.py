@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from akl_lightning.compat import new_model
 from akl_lightning.errors import UsageError
@@ -36,7 +37,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return "", nn.ModuleList()
 
 
-def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+def prune_layers(model: "transformers.PreTrainedModel", keep: Sequence[int]) -> "transformers.PreTrainedModel":
     """A new model made of some decoder layers of another, and of its embeddings, norms and head.
 
     The result is checked: on a few tokens its logits are those of the model with the other layers skipped.

@@ -13,10 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -78,7 +76,7 @@ def load_causal_lm(
         except ValueError as error:
             raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
         with _attending(role, attn_implementation):
-            return AutoModelForCausalLM.from_config(
+            return transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype or torch.float32, attn_implementation=attn_implementation
             )
     location = _location(source)
@@ -90,7 +88,7 @@ def load_causal_lm(
         with _explained(role, source):
             return put_on_adapter(model, source).train()
     with _explained(role, source), _attending(role, attn_implementation):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             **location,
             **_quantization(location, precision),
             dtype=dtype or (torch.float32 if "gguf_file" in location else "auto"),
@@ -106,7 +104,7 @@ def outline_causal_lm(
     role: str = "model",
     precision: Precision = "float32",
     attn_implementation: str | None = None,
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """Build a model on the meta device, where it takes no memory, from the config of a hub name or local folder.
 
     Raises:
@@ -116,7 +114,7 @@ def outline_causal_lm(
     with _explained(role, source), _attending(role, attn_implementation):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return transformers.AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype or getattr(config, "dtype", None) or torch.float32,
                 attn_implementation=attn_implementation,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from akl_lightning.errors import UsageError
@@ -101,7 +101,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UsageError('model.lora needs PEFT: pip install -e ".[peft]".') from error
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise UsageError(f"model.lora adapts transformers models, not a {type(model).__name__}: leave it out.")
     try:
         config = LoraConfig(

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from akl_lightning.errors import UsageError
 
 
-def wants_router_loss(model: PreTrainedModel | None) -> bool:
+def wants_router_loss(model: "transformers.PreTrainedModel | None") -> bool:
     """Whether a model's config asks for the loss of its router (``output_router_logits``)."""
     if model is None:
         return False
@@ -19,7 +19,7 @@ def wants_router_loss(model: PreTrainedModel | None) -> bool:
     return any(getattr(config, "output_router_logits", False) for config in configs)
 
 
-def router_loss(model: PreTrainedModel, output: Any, mask: Tensor) -> Tensor | None:
+def router_loss(model: "transformers.PreTrainedModel", output: Any, mask: Tensor) -> Tensor | None:
     """The loss of the router, by the function and with the weight that ``transformers`` has for this model.
 
     Args:
@@ -52,7 +52,7 @@ def router_loss(model: PreTrainedModel, output: Any, mask: Tensor) -> Tensor | N
 _EXPERTS = ("num_experts", "num_local_experts")
 
 
-def _load_balancing_loss(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+def _load_balancing_loss(model: "transformers.PreTrainedModel") -> Callable[..., Tensor] | None:
     """The public function of that name beside the model's class, or beside the one that it is made from.
 
     None where it takes other arguments than most.
@@ -63,7 +63,7 @@ def _load_balancing_loss(model: PreTrainedModel) -> Callable[..., Tensor] | None
     return found if found is not None and list(inspect.signature(found).parameters) == usual else None
 
 
-def _setting(model: PreTrainedModel, *names: str) -> Any:
+def _setting(model: "transformers.PreTrainedModel", *names: str) -> Any:
     """What the model says of it, else its config."""
     places = (model, model.config, model.config.get_text_config())
     return next((getattr(place, name) for place in places for name in names if hasattr(place, name)), None)

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import transformers
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.masking_utils import create_masks_for_generate
+from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.batch import Batch
 from akl_lightning.compat import compile_errors, is_recurrent
@@ -52,10 +52,10 @@ class SplitModel(nn.Module):
         self._router_loss: Tensor | None = None
 
     @property
-    def causal_lm(self) -> PreTrainedModel | None:
+    def causal_lm(self) -> "transformers.PreTrainedModel | None":
         """The ``transformers`` model, without what PEFT has wrapped around it, or None."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return model if isinstance(model, PreTrainedModel) else None
+        return model if isinstance(model, transformers.PreTrainedModel) else None
 
     @property
     def head(self) -> nn.Module | None:
@@ -222,6 +222,8 @@ class SplitModel(nn.Module):
 
         A model makes it from positions itself only where it gets no mask, and some models never do.
         """
+        from transformers.masking_utils import create_masks_for_generate  # as heavy as the models
+
         assert self.causal_lm is not None
         like = torch.empty(*position_ids.shape, 0, dtype=self.causal_lm.dtype, device=position_ids.device)
         return create_masks_for_generate(
