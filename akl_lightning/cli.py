@@ -20,6 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from akl_lightning import commands
+
 # All of them, so that --trainer.callbacks knows them by their names.
 from akl_lightning.callbacks import (
     DistillationProgressBar,
@@ -28,10 +30,9 @@ from akl_lightning.callbacks import (
     LastCheckpoint,
     StudentExport,
 )
-from akl_lightning.checkpoint import AtomicCheckpointIO, newest_checkpoint
+from akl_lightning.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from akl_lightning.compat import actions_of, keeps_given_settings, subcommands_of
 from akl_lightning.data.module import InstructionDataModule
-from akl_lightning.data.show import show_samples
 from akl_lightning.entry import COMMANDS as DESCRIPTIONS
 from akl_lightning.entry import DESCRIPTION
 from akl_lightning.errors import UsageError
@@ -52,6 +53,16 @@ MODELS = ("teacher", "student", "model")
 """The arguments of modules that name a model."""
 
 
+class DistillationParser(OneSentenceParser, LightningArgumentParser):
+    """A parser of Lightning's that says what is wrong in one sentence."""
+
+    def dump(self, cfg: Any, *more: Any, **settings: Any) -> str:
+        """Leave out a learning rate that nobody has given: it is chosen when the student is there."""
+        cfg = cfg.clone()
+        leave_out_default(cfg.get("model.optimizer"))
+        return super().dump(cfg, *more, **settings)
+
+
 class InstructionCLI(LightningCLI):
     """The Lightning CLI with the instruction data as ``--data``.
 
@@ -69,7 +80,7 @@ class InstructionCLI(LightningCLI):
             # A module's own optimizer and lr_scheduler are arguments of it.
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_class=OneSentenceParser,
+            parser_class=DistillationParser,
             **kwargs,
         )
 
@@ -281,36 +292,10 @@ def generate(args: list[str]) -> None:
     print(f"Answers: {cli.model.path}")
 
 
-def judge_answers(args: list[str]) -> None:
-    """Let a judge model compare two models' answers: ``akl judge``."""
-    try:
-        from akl_lightning.evaluation.chat import ChatEndpoint
-        from akl_lightning.evaluation.judge import judge
-    except ImportError as error:
-        raise UsageError(f'akl judge needs {error.name}: pip install -e ".[judge]".') from error
-
-    parser = OneSentenceParser(prog="akl judge", description=DESCRIPTIONS["judge"])
-    parser.add_function_arguments(judge, skip={"endpoint"}, as_positional=True)
-    names = parser.add_class_arguments(ChatEndpoint)
-    config = parser.parse_args(args)
-    judge(config.answers_a, config.answers_b, ChatEndpoint(**{name: config[name] for name in names}), config.output)
-
-
-def tokenizers(args: list[str]) -> None:
-    """Look at what two tokenizers have in common: ``akl tokenizers``."""
-    from akl_lightning.tokenizers.figures import compare_tokenizers
-
-    parser = OneSentenceParser(prog="akl tokenizers", description=DESCRIPTIONS["tokenizers"])
-    parser.add_function_arguments(compare_tokenizers, as_positional=True)
-    compare_tokenizers(**parser.parse_args(args).as_dict())
-
-
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "cache": cache,
     "generate": generate,
-    "judge": judge_answers,
-    "show": show_samples,
-    "tokenizers": tokenizers,
+    **commands.COMMANDS,
 }
 """What ``akl`` has besides the subcommands of the Lightning CLI."""
 

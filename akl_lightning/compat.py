@@ -6,9 +6,11 @@ touches one, each function says why there is no public way, and a test of each f
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -139,6 +141,26 @@ def counts_epochs_without_end(bar: Class) -> Class:
 
     bar._get_train_description = described  # type: ignore[attr-defined]
     return bar
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torchmetrics
+
+
+def import_torchmetrics() -> None:
+    """Import it without ``scipy.signal``, half a second, in which it looks for a name that a package for speech wants.
+
+    Whoever imports SciPy's signals later gets them.
+    """
+    if "torchmetrics" in sys.modules or "scipy.signal" in sys.modules:
+        return
+    stand_in = ModuleType("scipy.signal")
+    stand_in.hamming = None  # type: ignore[attr-defined]
+    sys.modules["scipy.signal"] = stand_in
+    try:
+        import torchmetrics  # noqa: F401
+    finally:
+        del sys.modules["scipy.signal"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

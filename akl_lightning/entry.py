@@ -53,11 +53,17 @@ def main() -> None:
         raise SystemExit(2)
     # What imports make stays: to look for garbage in it takes a third of their time.
     gc.disable()
-    # From here, these cost half a second less than from within other imports: jsonargparse's lazy_instance, which their
-    # defaults are, looks at the whole stack.
-    for module in ("criterion", "data.module", "module"):
-        import_module(f"akl_lightning.{module}")
-    from akl_lightning.cli import main as run
+    if first in ("judge", "show", "tokenizers"):
+        from akl_lightning.commands import main as run
+    else:
+        from akl_lightning.compat import import_torchmetrics
+
+        import_torchmetrics()
+        # From here, these cost half a second less than from within other imports: jsonargparse's lazy_instance, which
+        # their defaults are, looks at the whole stack.
+        for module in ("criterion", "data.module", "module"):
+            import_module(f"akl_lightning.{module}")
+        from akl_lightning.cli import main as run
     from akl_lightning.parser import ParserExit
 
     gc.freeze()

@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.batch import KEYS, Batch, response_of, turns_of
-from akl_lightning.checkpoint import AtomicCheckpointIO
+from akl_lightning.checkpoint_io import AtomicCheckpointIO
 from akl_lightning.checks import check_batch, check_callbacks, check_run, leave_out_what_does_not_apply
 from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
 from akl_lightning.compat import options_of
-from akl_lightning.divergences import known_divergences
 
 CLASS = "the name of a class"
 
@@ -22,7 +21,7 @@ class ParserExit(SystemExit):
     code: int
 
 
-class OneSentenceParser(LightningArgumentParser):
+class OneSentenceParser(ArgumentParser):
     """A parser that says what is wrong, not how all of its hundreds of options are spelled."""
 
     def format_help(self, *args: Any) -> str:
@@ -39,14 +38,6 @@ class OneSentenceParser(LightningArgumentParser):
                 except (UnicodeDecodeError, yaml.YAMLError) as error:
                     self.error(f"{value} is no YAML: {error}")
         return super().parse_args(args, *more, **settings)
-
-    def dump(self, cfg: Any, *more: Any, **settings: Any) -> str:
-        """Leave out a learning rate that nobody has given: it is chosen when the student is there."""
-        from akl_lightning.learning_rate import leave_out_default  # which needs torch
-
-        cfg = cfg.clone()
-        leave_out_default(cfg.get("model.optimizer"))
-        return super().dump(cfg, *more, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the mistake and the way out, and exit with code 2."""
@@ -110,6 +101,8 @@ def _known(message: str) -> str | None:
     value = re.search(r"(?:Got value|import path string): (.*)", reason) or re.search(r"Given value: (.*)", body)
     if reason.startswith("Expected a ") and value is not None:
         if CLASS in expected and set(expected) <= {CLASS, "Iterable", "bool", "null"}:
+            from akl_lightning.divergences import known_divergences
+
             names = f"use one of {', '.join(known_divergences())}" if key.endswith("divergence") else "check its name"
             return f"{key}: there is no {value[1]}; {names}, or give the path to import it from."
         return f"{key}: expected {' or '.join(dict.fromkeys(expected))}, got {value[1].split('. Got value')[0]!r}."

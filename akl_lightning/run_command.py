@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 from akl_lightning.errors import UsageError
 from akl_lightning.interrupts import EXIT_CODE
 
@@ -53,7 +51,7 @@ def run_command(main: Callable[[], object]) -> None:
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             raise SystemExit(EXIT_CODE) from end  # the Trainer's own way to end has 1
-        except (UsageError, OSError, MisconfigurationException) as error:
+        except _mistakes() as error:
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(2) from error
         except RuntimeError as error:
@@ -62,6 +60,12 @@ def run_command(main: Callable[[], object]) -> None:
                 raise
             sys.stderr.write(f"error: {lost[0]}\n")
             raise SystemExit(2) from error
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """What a user can mend; Lightning's own only where something has imported it."""
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    return (UsageError, OSError, *([lightning.MisconfigurationException] if lightning else []))
 
 
 def _say(handler: logging.Handler, record: logging.LogRecord) -> None:

@@ -24,7 +24,8 @@ from akl_lightning.callbacks import (
     SampledAnswers,
     StudentExport,
 )
-from akl_lightning.checkpoint import claim_folder, free_path, newest_checkpoint
+from akl_lightning.checkpoint import claim_folder, free_path
+from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.cli import DistillationCLI
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import Record

@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from akl_lightning.callbacks import LastCheckpoint
-from akl_lightning.checkpoint import atomic_file, newest_checkpoint
+from akl_lightning.checkpoint import atomic_file
+from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.cli import run_command
 from akl_lightning.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
 from akl_lightning.criterion import DistillationCriterion

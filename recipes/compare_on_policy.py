@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from akl_lightning.batch import Batch
 from akl_lightning.callbacks import LastCheckpoint
-from akl_lightning.checkpoint import atomic_file, atomic_folder, newest_checkpoint
+from akl_lightning.checkpoint import atomic_file, atomic_folder
+from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.cli import run_command
 from akl_lightning.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion

@@ -17,15 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.checkpoint import (
-    AtomicCheckpointIO,
     atomic_file,
     atomic_folder,
     claim_file,
     claim_folder,
     free_path,
     key_by_name,
-    newest_checkpoint,
 )
+from akl_lightning.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_causal_lm
@@ -123,7 +122,7 @@ def test_only_what_dead_processes_have_left_is_removed(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_survives(tmp_path: Path) -> None:
     script = (
         "import pathlib, resource, sys, torch\n"
-        "from akl_lightning.checkpoint import AtomicCheckpointIO\n"
+        "from akl_lightning.checkpoint_io import AtomicCheckpointIO\n"
         "from akl_lightning.cli import run_command\n"
         "io, path = AtomicCheckpointIO(), pathlib.Path(sys.argv[1])\n"
         "state = lambda n: {'state_dict': {'w': torch.ones(n)}, 'pytorch-lightning_version': '2'}\n"

@@ -8,6 +8,8 @@ import argparse
 import ast
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,6 +227,28 @@ def test_the_description_of_an_epoch() -> None:
         compat.counts_epochs_without_end(Bar)
         assert bar._get_train_description(0).strip() == "Epoch 0"
         assert len(bar._get_train_description(0)) == len(RichProgressBar._get_train_description(bar, 0))
+
+
+def test_torchmetrics_without_signals() -> None:
+    script = """
+import sys
+import torchmetrics
+print("scipy.signal" in sys.modules)
+"""
+    quick = """
+import sys
+from akl_lightning import compat
+compat.import_torchmetrics()
+print("scipy.signal" in sys.modules, sys.modules["torchmetrics"].MeanMetric.__name__)
+import scipy.signal
+print(scipy.signal.windows.hamming(3)[1], "scipy.signal" in sys.modules)
+"""
+    said = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+        for code in (script, quick)
+    ]
+    with relies_on("torchmetrics imports scipy.signal when it is imported itself, for one name in it"):
+        assert said == ["True\n", "False MeanMetric\n1.0 True\n"]
 
 
 def test_options_and_arguments_of_a_parser() -> None:

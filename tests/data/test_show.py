@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from akl_lightning.cli import COMMANDS
+from akl_lightning.commands import COMMANDS
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.preview import pieces, show
 from akl_lightning.data.sources import JsonLines

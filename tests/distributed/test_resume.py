@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import PreTrainedTokenizerFast
 
 from akl_lightning.callbacks import LastCheckpoint
-from akl_lightning.checkpoint import newest_checkpoint
+from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.errors import UsageError
 from tests.distributed import training
 from tests.distributed.training import prepare
