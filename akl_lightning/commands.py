@@ -40,8 +40,8 @@ def tokenizers(args: list[str]) -> None:
 
 def show_samples(args: list[str]) -> None:
     """Show samples as a model sees them, what is learnt of them marked: ``akl show``."""
-    from akl_lightning.data.module import InstructionDataModule
     from akl_lightning.data.preview import show
+    from akl_lightning.data.samples import InstructionData
 
     parser = OneSentenceParser(
         prog="akl show",
@@ -52,14 +52,14 @@ def show_samples(args: list[str]) -> None:
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="train", help="Which ones.")
     parser.add_argument("--samples", type=int, default=3, help="How many, spread over the split.")
     parser.add_argument("--tokens", action="store_true", help="Print ids and labels as well.")
-    parser.add_class_arguments(InstructionDataModule, "data")
+    parser.add_class_arguments(InstructionData, "data")
     if args and not args[0].startswith("-"):
         args = ["--data.source", "Files", "--data.source.path", args[0], *args[1:]]
     config = parser.parse_args(args)
     if config.samples < 1:
         raise UsageError(f"samples must be 1 or more, got {config.samples}.")
-    data = parser.instantiate(config).data
-    data.setup("show")
+    data: InstructionData = parser.instantiate(config).data
+    data.encode()
     if not len(data.splits[config.split]):
         raise UsageError(
             f"{type(data.source).__name__} gives no {config.split} samples to show: give another split, or a source "

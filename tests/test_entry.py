@@ -67,9 +67,12 @@ from akl_lightning import entry
 sys.argv = ["akl", "--help"]
 entry.main()
 print("early:", *sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "jsonargparse", "yaml"}))
+import akl_lightning.commands, akl_lightning.data.preview, akl_lightning.data.samples, akl_lightning.tokenizers.figures
+light = {"lightning", "matplotlib", "torchmetrics", "transformers.modeling_utils"}
+print("light:", *sorted(light & sys.modules.keys()))
 import akl_lightning.cli
-late = {"nltk", "openai", "peft", "tenacity", "tensorboard"}
-print("late:", *sorted({name.partition(".")[0] for name in sys.modules} & late))
+late = {"nltk", "openai", "peft", "tenacity", "tensorboard", "transformers.modeling_utils"}
+print("late:", *sorted(late & sys.modules.keys()))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout.splitlines()[-2:] == ["early:", "late:"]
+    assert ended.stdout.splitlines()[-3:] == ["early:", "light:", "late:"]

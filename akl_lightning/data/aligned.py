@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.encode import cache_file, content_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import check_writable

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ def facts_of(data: object) -> DataFacts:
     return DataFacts(**{field.name: getattr(data, field.name, None) for field in fields(DataFacts)})
 
 
-def data_of(trainer: Trainer | None) -> Any:
+def data_of(trainer: "Trainer | None") -> Any:
     """The data module of a run, or None."""
     return getattr(trainer, "datamodule", None)
 
 
-def facts_of_run(trainer: Trainer | None) -> DataFacts:
+def facts_of_run(trainer: "Trainer | None") -> DataFacts:
     """What is known of the data of a run."""
     return facts_of(data_of(trainer))
 

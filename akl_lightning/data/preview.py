@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.data.collate import IGNORE_INDEX, LEARNT, collate
 
 if TYPE_CHECKING:
-    from akl_lightning.data.module import InstructionDataModule
+    from akl_lightning.data.samples import InstructionData
 
 OPEN, CLOSE = "[[", "]]"
 """Stand around what is learnt, where there are no colours."""
@@ -46,7 +46,7 @@ def title(split: str, number: int, count: int, row: Mapping[str, Any]) -> str:
     return f"{split} {number + 1:,} of {count:,} ({where}, {row['form']}): {row['length']:,} tokens, {learnt}"
 
 
-def summary(data: "InstructionDataModule") -> str:
+def summary(data: "InstructionData") -> str:
     """Three lines on what is trained on: how many samples, and the first of them."""
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
     row = data.splits["train"][0]
@@ -61,7 +61,7 @@ def summary(data: "InstructionDataModule") -> str:
     )
 
 
-def show(data: "InstructionDataModule", split: str, samples: int, tokens: bool, console: Console | None = None) -> None:
+def show(data: "InstructionData", split: str, samples: int, tokens: bool, console: Console | None = None) -> None:
     """Print samples, spread over a split.
 
     Args:

@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DistributedSampler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 FILLER = -1
 """Index of a row without any response token, which fills up a rank that would otherwise have none."""
@@ -14,8 +16,10 @@ FILLER = -1
 _STEPS_PER_POOL = 32
 
 
-def accumulated(trainer: Trainer, epoch: int) -> int:
+def accumulated(trainer: "Trainer", epoch: int) -> int:
     """Micro-batches of an optimizer step in an epoch, which a ``GradientAccumulationScheduler`` may change."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)

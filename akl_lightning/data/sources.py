@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from akl_lightning.data.docstrings import Docstrings

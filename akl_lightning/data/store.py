@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets.fingerprint import get_temporary_cache_files_directory
 from datasets.table import MemoryMappedTable
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
