@@ -190,10 +190,7 @@ class SplitModel(nn.Module):
         if self.causal_lm is None:
             output = self.model(batch)
             return getattr(output, "logits", output)
-        more = {"output_router_logits": True} if self.has_router_loss else {}
-        output = self.model(**self._inputs(batch), **more, use_cache=False)
-        if self.has_router_loss:
-            self._router_loss = router_loss(self.causal_lm, output, batch["attention_mask"])
+        output = self._run(self.model, self._inputs(batch), batch["attention_mask"])
         return output.logits[:, -batch["input_ids"].shape[1] :]  # a prompt's virtual tokens stand before the others
 
     def check_inputs(self, batch: Batch, role: str) -> None:
@@ -217,6 +214,15 @@ class SplitModel(nn.Module):
             inputs["attention_mask"] = self._mask(layout.segments)
         return inputs
 
+    def _run(self, model: Any, inputs: dict[str, Any], counts: Tensor) -> Any:
+        """Call the model or its body, and keep its router's loss over the tokens that count."""
+        if not self.has_router_loss:
+            return model(**inputs, use_cache=False)
+        assert self.causal_lm is not None
+        output = model(**inputs, output_router_logits=True, use_cache=False)
+        self._router_loss = router_loss(self.causal_lm, output, counts)
+        return output
+
     def _mask(self, position_ids: Tensor) -> Any:
         """A mask for each kind of layer, by which samples in a row see nothing of each other.
 
@@ -239,16 +245,12 @@ class SplitModel(nn.Module):
         assert self.causal_lm is not None and self.head is not None
         config = text_config(self.causal_lm.config)
         if packed is None:
-            inputs = self._inputs(batch)
+            inputs, counts = self._inputs(batch), batch["attention_mask"]
         else:
-            mask = self._mask(packed.position_ids)
+            mask, counts = self._mask(packed.position_ids), packed.mask
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
             positions = packed.places.flatten()[positions]
-        more = {"output_router_logits": True} if self.has_router_loss else {}
-        output = self.causal_lm.base_model(**inputs, **more, use_cache=False)
-        if self.has_router_loss:
-            counts = batch["attention_mask"] if packed is None else packed.mask
-            self._router_loss = router_loss(self.causal_lm, output, counts)
+        output = self._run(self.causal_lm.base_model, inputs, counts)
         hidden = output[0].flatten(0, 1)[positions]
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             hidden = hidden * config.logit_scale
@@ -307,18 +309,16 @@ class SplitModel(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         torch.clear_autocast_cache()  # what it has cast without a gradient here must not serve the step
         if own_router_loss is not None and (loss is None or outputs_differ(own_router_loss[None], loss[None])):
-            rank_zero_warn(
-                f"{type(self.causal_lm).__name__}: the loss of its router cannot be told from what its body gives; "
-                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
-            )
-            return False
-        if own.shape != logits.shape or outputs_differ(own, logits):
-            rank_zero_warn(
-                f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
-                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
-            )
-            return False
-        return True
+            fault = "the loss of its router cannot be told from what its body gives"
+        elif own.shape != logits.shape or outputs_differ(own, logits):
+            fault = "its output layer on its hidden states does not give its logits"
+        else:
+            return True
+        rank_zero_warn(
+            f"{type(self.causal_lm).__name__}: {fault}; taking all of its logits instead, which is slower and needs "
+            "memory for [batch, length, vocab]."
+        )
+        return False
 
     def _shares_rows(self, batch: Batch) -> bool:
         """Whether several samples lie in a row, by the package or by the batch's own positions."""
