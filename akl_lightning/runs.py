@@ -59,6 +59,7 @@ class RunCLI(DistillationCLI):
             args=args,
             parser_kwargs={"description": description},
             save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
         )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -174,11 +175,8 @@ def find_run(output_dir: Path, ckpt_path: str) -> tuple[Path, str]:
 class RunConfig(SaveConfigCallback):
     """Writes the settings to ``config.yaml`` in the run's folder; those of a run that goes on beside the first."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write them, once."""
-        if self.already_saved or not trainer.is_global_zero:
-            return
-        self.already_saved = True
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write them; called once, on rank 0."""
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, free_path(path), skip_none=False, multifile=False)

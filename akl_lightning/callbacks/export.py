@@ -168,9 +168,7 @@ class StudentExport(Callback):
         if hasattr(model, "peft_config") and (self.merge or virtual_tokens(model)):
             model = _rebuilt(model, own)  # PEFT writes the prompt of the model that it is given
             if self.merge:
-                generation = copy.deepcopy(model.generation_config)
                 model = model.merge_and_unload()
-                model.generation_config = generation
             own = model.state_dict()
         with atomic_folder(path, claimed=True) as folder:
             with _without_progress_bar():
