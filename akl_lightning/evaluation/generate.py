@@ -73,13 +73,7 @@ class AnswerEvaluation(Callback):
         self._file.open()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Answer the prompts of the batch."""
         assert isinstance(pl_module, DistillationModule)
