@@ -14,7 +14,7 @@ from transformers.masking_utils import create_masks_for_generate
 from akl_lightning.batch import Batch
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
-from akl_lightning.models.generation import plain_decoding, stop_tokens
+from akl_lightning.models.generation import ending, plain_decoding, stop_tokens
 from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
 from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ, text_config
 from akl_lightning.models.lora import virtual_tokens
@@ -177,9 +177,7 @@ class SplitModel(nn.Module):
             )
         # A module of the user's own may know less of this, and have a config all the same.
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        if ends := self.stop_tokens(tokenizer, end_tokens):
-            pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-            settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
+        settings |= ending(self.stop_tokens(tokenizer, end_tokens), tokenizer)
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
         with self._eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
             tokens = generate(**inputs, **{**settings, **arguments})
