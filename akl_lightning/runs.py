@@ -4,10 +4,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -35,8 +34,6 @@ from akl_lightning.parallel import said_by_rank_0
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.live import LiveTeacher
-
-Found = TypeVar("Found", bound=Callback)
 
 
 class RunCLI(DistillationCLI):
@@ -82,7 +79,10 @@ class RunCLI(DistillationCLI):
         config = parser.parse_args([*defaults, *args])
         if config.ckpt_path is not None:
             self.run_folder, checkpoint = find_run(Path(config.output_dir), config.ckpt_path)
-            config = parser.parse_args([*defaults, *_config_of(self.run_folder), *args])
+            # What is on the command line beats the settings of the run that goes on.
+            written = sorted(self.run_folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+            before = ["--config", str(written[-1])] if written else []
+            config = parser.parse_args([*defaults, *before, *args])
             config.ckpt_path = checkpoint
         self.config = config
 
@@ -182,12 +182,6 @@ class RunConfig(SaveConfigCallback):
         self.parser.save(self.config, free_path(path), skip_none=False, multifile=False)
 
 
-def _config_of(run: Path) -> list[str]:
-    """The settings of a run that goes on, as an argument; what is on the command line beats them."""
-    configs = sorted(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
-    return ["--config", str(configs[-1])] if configs else []
-
-
 def distill(cli: RunCLI) -> None:
     """Evaluate the student, distil it, evaluate it and the teacher, and report.
 
@@ -260,7 +254,9 @@ def report(
         }
         for who, text in said.items():
             print(f"  {who:>9}: {' '.join(text.split())}")
-    export, plot = _first(trainer.callbacks, StudentExport), _first(trainer.callbacks, HeadTailPlot)  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    export = next(callback for callback in callbacks if isinstance(callback, StudentExport))
+    plot = next(callback for callback in callbacks if isinstance(callback, HeadTailPlot))
     print(f"\nHead and tail error per epoch: {plot.path}")
     print(f"Figures:                       {path}")
     print(f"All answers:                   {run / 'answers'}")
@@ -269,7 +265,3 @@ def report(
     if export.exported_best:
         print(f"The best by validation:        {export.exported_best}")
     print(f"TensorBoard:                   tensorboard --logdir {run / 'tensorboard'}")
-
-
-def _first(callbacks: Sequence[Callback], kind: type[Found]) -> Found:
-    return next(callback for callback in callbacks if isinstance(callback, kind))

@@ -1,6 +1,5 @@
 """Let a model answer the prompts of a split, under the Trainer: in a test, or for its own sake."""
 
-import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from akl_lightning.checkpoint import check_writable
 from akl_lightning.data.encode import column
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.answers import AnswerFile, Record, prompts_of
+from akl_lightning.evaluation.answers import AnswerFile, Record, digest, prompts_of
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.rouge import rouge_l
@@ -23,7 +22,7 @@ from akl_lightning.models.load import Precision
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import data_parallel_mesh, ending_together
-from akl_lightning.teachers.fingerprint import digest, weights_digest
+from akl_lightning.teachers.fingerprint import weights_digest
 from akl_lightning.teachers.live import LiveTeacher
 
 
@@ -67,8 +66,7 @@ class AnswerEvaluation(Callback):
         assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
-        depends_on = [model, asdict(self.decoding), *column(prompts_of(trainer).splits["test"], "prompt")]
-        key = digest(json.dumps(depends_on).encode())[:8]
+        key = digest([model, asdict(self.decoding), *column(prompts_of(trainer).splits["test"], "prompt")])[:8]
         self._file = AnswerFile(trainer, "test", str(path).replace("{key}", key), model, self.decoding)
         self._file.open()
 
