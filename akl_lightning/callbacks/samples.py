@@ -69,8 +69,13 @@ class SampleCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Look at this batch's share of the samples."""
-        wanted = wanted_of_batch(trainer, batch_idx, dataloader_idx, self.answers)
+        """Look at this batch's share of the samples, on every rank alike; at none in a sanity check."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or dataloader_idx:
+            return
+        batches: Any = trainer.num_val_batches
+        count = batches[0] if isinstance(batches, list) else batches
+        # The split may be sorted by length.
+        wanted = spread(batch_idx, self.answers if math.isinf(count) else int(count), self.answers)
         if wanted:
             assert isinstance(pl_module, DistillationModule)
             self.look_at(trainer, pl_module, outputs, batch, wanted)
@@ -78,18 +83,6 @@ class SampleCallback(Callback):
     def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:
         """Look at so many samples of a batch; called on every rank, with or without a response in it."""
         raise NotImplementedError
-
-
-def wanted_of_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int, wanted: int) -> int:
-    """How many samples to take of a validation batch, on every rank alike, for so many in all of the split.
-
-    None outside of training and in a sanity check. The split may be sorted by length, so they are spread over it.
-    """
-    if trainer.state.fn != "fit" or trainer.sanity_checking or dataloader_idx:
-        return 0
-    batches: Any = trainer.num_val_batches
-    count = batches[0] if isinstance(batches, list) else batches
-    return spread(batch_idx, wanted if math.isinf(count) else int(count), wanted)
 
 
 def response_rows(module: DistillationModule, batch: Any) -> list[Row]:

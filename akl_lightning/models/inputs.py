@@ -83,12 +83,6 @@ def known_inputs(model: Any) -> frozenset[str]:
     return (_parameters(type(model).forward) & _parameters(type(model.base_model).forward)) - _NEVER - OURS
 
 
-def extra_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a batch carries for a ``transformers`` model beside tokens, mask and labels."""
-    known = known_inputs(model)
-    return {name: value for name, value in batch.items() if name in known}
-
-
 def check_inputs(model: Any, batch: Mapping[str, Any], role: str, packing: bool) -> None:
     """Raise :class:`UsageError` for what a batch carries and a ``transformers`` model could not be given.
 

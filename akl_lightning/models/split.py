@@ -15,7 +15,7 @@ from akl_lightning.batch import Batch
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import ending, plain_decoding, stop_tokens
-from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
+from akl_lightning.models.inputs import check_inputs, known_inputs, lay_out
 from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ, text_config
 from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.packing import Packed, pack
@@ -204,9 +204,9 @@ class SplitModel(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What a ``transformers`` model is called with on a batch that is not packed."""
         assert self.causal_lm is not None
-        layout = batch.get("layout") or lay_out(batch)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | extra_inputs(self.causal_lm, batch)
-        if layout.position_ids is not None and "position_ids" in known_inputs(self.causal_lm):
+        layout, known = batch.get("layout") or lay_out(batch), known_inputs(self.causal_lm)
+        inputs = {name: value for name, value in batch.items() if name in {"input_ids", "attention_mask", *known}}
+        if layout.position_ids is not None and "position_ids" in known:
             inputs["position_ids"] = layout.position_ids
         if layout.segments is not None:
             inputs["attention_mask"] = self._mask(layout.segments)
