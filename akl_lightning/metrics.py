@@ -58,9 +58,9 @@ class TokenMean(Sums):
         """
         if self.statistic in statistics:
             values = statistics[self.statistic].double()
-            counts = _counts(values, None if self.statistic in OF_STUDENT else statistics.get("aligned"))
-            self.total = self.total + values.where(counts, 0).sum()
-            self.tokens = self.tokens + counts.sum()
+            aligned = statistics.get("aligned") if self.statistic not in OF_STUDENT else None
+            self.total = self.total + _sum(values, aligned)
+            self.tokens = self.tokens + _count(values, aligned)
 
     def compute(self) -> Tensor:
         """The mean, a scalar; NaN where no token was seen."""
@@ -93,10 +93,9 @@ class HeadTailError(Sums):
         With ``aligned`` (1 or 0, ``[tokens]``) those count where it is 1.
         """
         if head_gap is not None and tail_gap is not None:
-            counts = _counts(head_gap, aligned)
-            self.head = self.head + head_gap.double().where(counts, 0).sum()
-            self.tail = self.tail + tail_gap.double().where(counts, 0).sum()
-            self.tokens = self.tokens + counts.sum()
+            self.head = self.head + _sum(head_gap.double(), aligned)
+            self.tail = self.tail + _sum(tail_gap.double(), aligned)
+            self.tokens = self.tokens + _count(head_gap, aligned)
 
     def compute(self) -> dict[str, Tensor]:
         """``head_error`` and ``tail_error``, scalars between 0 and 2; NaN where no token was seen."""
@@ -140,7 +139,8 @@ class TurnErrors(Sums):
         A batch without a teacher, or that knows no turns, adds nothing.
         """
         if head_gap is not None and tail_gap is not None and turn is not None:
-            turn = turn.where(_counts(turn, aligned), -1)
+            if aligned is not None:
+                turn = turn.masked_fill(aligned == 0, -1)
             # A row for each turn, not index_add, which on a GPU adds up in another order every time.
             of_turn = turn.clamp(max=self.turns - 1) == torch.arange(self.turns, device=turn.device)[:, None]
             self.head = self.head + torch.where(of_turn, head_gap.double(), 0.0).sum(1)
@@ -204,8 +204,12 @@ class AlignedShare(TokenMean):
         return {"aligned": super().compute()} if self.tokens else {}
 
 
-def _counts(values: Tensor, aligned: Tensor | None) -> Tensor:
-    return torch.ones_like(values, dtype=torch.bool) if aligned is None else aligned > 0
+def _sum(values: Tensor, aligned: Tensor | None) -> Tensor:
+    return (values if aligned is None else torch.where(aligned > 0, values, 0)).sum()
+
+
+def _count(values: Tensor, aligned: Tensor | None) -> int | Tensor:
+    return values.numel() if aligned is None else aligned.double().sum()
 
 
 def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = False) -> MetricCollection:
