@@ -121,13 +121,10 @@ def _padded(rows: list[Tensor], pad: float, side: str) -> dict[str, Tensor]:
 def _log(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, ends: list[int], tasks: list[Task], answers: list[Tensor]
 ) -> None:
-    columns: dict[str, list[Any]] = {
-        "prompt": [task.prompt for task in tasks],
-        "reference": [row for task in tasks for row in up_to_end(task.reference[None], ends)],
-        "answer": [row for answer in answers for row in up_to_end(answer[None], ends)],
-    }
-    texts = {
-        name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []
-        for name, ids in columns.items()
-    }
-    log_texts(trainer, "answers", [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])
+    rows = []
+    for task, answer in zip(tasks, answers, strict=True):
+        reference, said = (up_to_end(tokens[None], ends)[0] for tokens in (task.reference, answer))
+        row = {"prompt": task.prompt.tolist(), "reference": reference, "answer": said}
+        texts = tokenizer.batch_decode(list(row.values()), skip_special_tokens=True)
+        rows.append({name: text.strip() for name, text in zip(row, texts, strict=True)})
+    log_texts(trainer, "answers", rows)
