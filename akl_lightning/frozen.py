@@ -34,15 +34,13 @@ class FrozenWeights:
 
     def look(self) -> None:
         """Note what the weights are, while they are whole and in the precision in which they were read."""
-        known, self._digests = self._digests, {}
-        of_parameter: dict[int, str] = {}
+        known = dict.fromkeys(self._names) if self._digests is None else self._digests
+        self._digests = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if name not in self._names or parameter.requires_grad or (known is not None and name not in known):
-                continue
-            if id(parameter) not in of_parameter:
-                of_parameter[id(parameter)] = tensor_digest(parameter)
-            if known is None or known[name] == of_parameter[id(parameter)]:
-                self._digests[name] = of_parameter[id(parameter)]
+            if name in known and not parameter.requires_grad:
+                digest = tensor_digest(parameter)
+                if known[name] in (None, digest):
+                    self._digests[name] = digest
 
     def leave_out(self, checkpoint: dict[str, Any]) -> None:
         """Take them out of a checkpoint that is to be written; called on all ranks."""
@@ -86,7 +84,8 @@ class FrozenWeights:
                 )
             if not isinstance(own[name], DTensor):
                 weights[name] = own[name].detach()
-        changed = {name for name in digests if name in weights and name not in left_out} - {
-            name for name, digest in digests.items() if name in weights and tensor_digest(weights[name]) == digest
+        self._digests = {
+            name: digest
+            for name, digest in digests.items()
+            if name in left_out or name not in weights or tensor_digest(weights[name]) == digest
         }
-        self._digests = {name: digest for name, digest in digests.items() if name not in changed}

@@ -15,7 +15,23 @@ OF_STUDENT = ("loss", "cross_entropy", "router_loss", "aligned")
 """Statistics that every token has, whether or not there is a teacher at it."""
 
 
-class TokenMean(Metric):
+class Sums(Metric):
+    """Has sums as its state, in float64, which ranks and runs that go on add up.
+
+    Args:
+        names: of the sums.
+        shape: of each.
+    """
+
+    full_state_update = False
+
+    def __init__(self, *names: str, shape: tuple[int, ...] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in names:
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+
+class TokenMean(Sums):
     """Mean of one per-token statistic over every response token seen, in float64.
 
     Args:
@@ -28,15 +44,12 @@ class TokenMean(Metric):
     tensor(3., dtype=torch.float64)
     """
 
-    full_state_update = False
     total: Tensor
     tokens: Tensor
 
     def __init__(self, statistic: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__("total", "tokens", **kwargs)
         self.statistic = statistic
-        for state in ("total", "tokens"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, **statistics: Tensor) -> None:
         """Add the values ``[tokens]`` of one batch; a batch without this statistic adds nothing.
@@ -47,14 +60,14 @@ class TokenMean(Metric):
             values = statistics[self.statistic].double()
             aligned = statistics.get("aligned") if self.statistic not in OF_STUDENT else None
             self.total = self.total + _sum(values, aligned)
-            self.tokens = self.tokens + (values.numel() if aligned is None else aligned.double().sum())
+            self.tokens = self.tokens + _count(values, aligned)
 
     def compute(self) -> Tensor:
         """The mean, a scalar; NaN where no token was seen."""
         return self.total / self.tokens
 
 
-class HeadTailError(Metric):
+class HeadTailError(Sums):
     """Mean head gap and mean tail gap per response token: how far the student is off, in head and in tail.
 
     See :func:`akl_lightning.functional.head_tail_gap`. Source: arXiv 2404.02657.
@@ -65,15 +78,12 @@ class HeadTailError(Metric):
     {'head_error': 0.375, 'tail_error': 0.125}
     """
 
-    full_state_update = False
     head: Tensor
     tail: Tensor
     tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for state in ("head", "tail", "tokens"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__("head", "tail", "tokens", **kwargs)
 
     def update(
         self, head_gap: Tensor | None = None, tail_gap: Tensor | None = None, aligned: Tensor | None = None
@@ -85,14 +95,14 @@ class HeadTailError(Metric):
         if head_gap is not None and tail_gap is not None:
             self.head = self.head + _sum(head_gap.double(), aligned)
             self.tail = self.tail + _sum(tail_gap.double(), aligned)
-            self.tokens = self.tokens + (head_gap.numel() if aligned is None else aligned.double().sum())
+            self.tokens = self.tokens + _count(head_gap, aligned)
 
     def compute(self) -> dict[str, Tensor]:
         """``head_error`` and ``tail_error``, scalars between 0 and 2; NaN where no token was seen."""
         return {"head_error": self.head / self.tokens, "tail_error": self.tail / self.tokens}
 
 
-class TurnErrors(Metric):
+class TurnErrors(Sums):
     """Mean head gap and mean tail gap of the tokens of each assistant turn, over all conversations.
 
     The last of the turns that are told apart holds all later ones too.
@@ -107,16 +117,13 @@ class TurnErrors(Metric):
     {'turn_1/head_error': 0.375, 'turn_2_on/head_error': 0.5}
     """
 
-    full_state_update = False
     head: Tensor
     tail: Tensor
     tokens: Tensor
 
     def __init__(self, turns: int = 8, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__("head", "tail", "tokens", shape=(turns,), **kwargs)
         self.turns = turns
-        for state in ("head", "tail", "tokens"):
-            self.add_state(state, torch.zeros(turns, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -150,7 +157,7 @@ class TurnErrors(Metric):
         return {f"{names[n]}/{name}": gap[n] / self.tokens[n] for n in seen for name, gap in gaps.items()}
 
 
-class BitsPerByte(Metric):
+class BitsPerByte(Sums):
     """Cross entropy per byte of text, in bits, which can be compared over tokenizers; in float64.
 
     >>> bits = BitsPerByte()
@@ -159,14 +166,11 @@ class BitsPerByte(Metric):
     {'bits_per_byte': 1.0}
     """
 
-    full_state_update = False
     nats: Tensor
     bytes: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for state in ("nats", "bytes"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        super().__init__("nats", "bytes", **kwargs)
 
     def update(self, cross_entropy: Tensor | None = None, bytes: Tensor | None = None) -> None:
         """Add the cross entropies and the lengths in bytes of a batch's tokens, each ``[tokens]``.
@@ -202,6 +206,10 @@ class AlignedShare(TokenMean):
 
 def _sum(values: Tensor, aligned: Tensor | None) -> Tensor:
     return (values if aligned is None else torch.where(aligned > 0, values, 0)).sum()
+
+
+def _count(values: Tensor, aligned: Tensor | None) -> int | Tensor:
+    return values.numel() if aligned is None else aligned.double().sum()
 
 
 def distillation_metrics(prefix: str, with_teacher: bool, with_router: bool = False) -> MetricCollection:

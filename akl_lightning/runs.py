@@ -4,10 +4,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -37,8 +36,6 @@ from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.live import LiveTeacher
 
-Found = TypeVar("Found", bound=Callback)
-
 
 class RunCLI(DistillationCLI):
     """The command line of a recipe: the Lightning CLI, with a folder for each run and the pack's callbacks.
@@ -60,6 +57,7 @@ class RunCLI(DistillationCLI):
             args=args,
             parser_kwargs={"description": description},
             save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
         )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -82,7 +80,10 @@ class RunCLI(DistillationCLI):
         config = parser.parse_args([*defaults, *args])
         if config.ckpt_path is not None:
             self.run_folder, checkpoint = find_run(Path(config.output_dir), config.ckpt_path)
-            config = parser.parse_args([*defaults, *_config_of(self.run_folder), *args])
+            # What is on the command line beats the settings of the run that goes on.
+            written = sorted(self.run_folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
+            before = ["--config", str(written[-1])] if written else []
+            config = parser.parse_args([*defaults, *before, *args])
             config.ckpt_path = checkpoint
         self.config = config
 
@@ -175,20 +176,11 @@ def find_run(output_dir: Path, ckpt_path: str) -> tuple[Path, str]:
 class RunConfig(SaveConfigCallback):
     """Writes the settings to ``config.yaml`` in the run's folder; those of a run that goes on beside the first."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write them, once."""
-        if self.already_saved or not trainer.is_global_zero:
-            return
-        self.already_saved = True
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write them; called once, on rank 0."""
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, free_path(path), skip_none=False, multifile=False)
-
-
-def _config_of(run: Path) -> list[str]:
-    """The settings of a run that goes on, as an argument; what is on the command line beats them."""
-    configs = sorted(run.glob("config*.yaml"), key=lambda path: path.stat().st_mtime_ns)
-    return ["--config", str(configs[-1])] if configs else []
 
 
 def distill(cli: RunCLI) -> None:
@@ -263,7 +255,9 @@ def report(
         }
         for who, text in said.items():
             print(f"  {who:>9}: {' '.join(text.split())}")
-    export, plot = _first(trainer.callbacks, StudentExport), _first(trainer.callbacks, HeadTailPlot)  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    export = next(callback for callback in callbacks if isinstance(callback, StudentExport))
+    plot = next(callback for callback in callbacks if isinstance(callback, HeadTailPlot))
     print(f"\nHead and tail error per epoch: {plot.path}")
     print(f"Figures:                       {path}")
     print(f"All answers:                   {run / 'answers'}")
@@ -272,7 +266,3 @@ def report(
     if export.exported_best:
         print(f"The best by validation:        {export.exported_best}")
     print(f"TensorBoard:                   tensorboard --logdir {run / 'tensorboard'}")
-
-
-def _first(callbacks: Sequence[Callback], kind: type[Found]) -> Found:
-    return next(callback for callback in callbacks if isinstance(callback, kind))

@@ -3,14 +3,13 @@
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.callbacks.checks import require_logger, require_tokenizer
 from akl_lightning.callbacks.loggers import log_figure, log_texts
-from akl_lightning.callbacks.samples import response_rows, wanted_of_batch
+from akl_lightning.callbacks.samples import SampleCallback, read_until, response_rows
 from akl_lightning.callbacks.surprise import draw_surprise, surprises
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
@@ -27,7 +26,7 @@ class Task(NamedTuple):
     reference: Tensor
 
 
-class SampledAnswers(Callback):
+class SampledAnswers(SampleCallback):
     """Let the student answer some validation prompts after every validation, for the loggers.
 
     Of a conversation the last turn is the reference, and what stands before it the prompt.
@@ -44,17 +43,12 @@ class SampledAnswers(Callback):
         UsageError: a student that cannot generate, or not so many tokens; no tokenizer or no logger.
     """
 
-    def __init__(self, answers: int = 4) -> None:
-        if answers < 1:
-            raise UsageError(f"answers must be 1 or more, got {answers}.")
-        self.answers = answers
-        self._tasks: list[Task] = []
+    needs_teacher = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the student can answer, in words, and that somebody hears it."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            require_tokenizer(self, pl_module)
-            require_logger(self, trainer)
             assert isinstance(pl_module, DistillationModule)
             if not hasattr(pl_module.student.model, "generate"):
                 raise UsageError(
@@ -66,33 +60,14 @@ class SampledAnswers(Callback):
                 positions = pl_module.student.max_positions
                 data.check_answers_fit("validation", "model.max_new_tokens", pl_module.max_new_tokens, positions)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
-        self._tasks.clear()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep this batch's share of the prompts."""
-        wanted = wanted_of_batch(trainer, batch_idx, dataloader_idx, self.answers)
-        if not wanted:
-            return
-        assert isinstance(pl_module, DistillationModule)
-        for row in response_rows(pl_module, batch)[:wanted]:
-            positions, reference = row.positions, row.labels
+    def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:
+        """Keep the prompts."""
+        for row in response_rows(module, batch)[:wanted]:
             if "turn" in batch:
-                turns = batch["turn"][row.number, positions + 1]
+                turns = batch["turn"][row.number, row.positions + 1]
                 last = turns == turns.max()
-                positions, reference = positions[last], reference[last]
-            prompt = batch["input_ids"][row.number, : positions[0] + 1]
-            prompt = prompt[batch["attention_mask"][row.number, : len(prompt)].bool()]
-            self._tasks.append(Task(prompt, reference))
+                row = row._replace(positions=row.positions[last], labels=row.labels[last])
+            self.found.append(Task(read_until(batch, row), row.labels))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
@@ -106,7 +81,7 @@ class SampledAnswers(Callback):
             return
         limit = pl_module.student.max_positions
         room = None if limit is None else limit - pl_module.max_new_tokens
-        tasks = [task for task in self._tasks if room is None or len(task.prompt) <= room]
+        tasks = [task for task in self.found if room is None or len(task.prompt) <= room]
         filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)
         batch = _padded([task.prompt for task in tasks] or [filler], float(filler.item()), "left")
         answers = pl_module.predict_step(batch, 0)
@@ -118,7 +93,7 @@ class SampledAnswers(Callback):
     ) -> None:
         """Sample as in training, the same draws every time, and ask the teacher of each token."""
         filler = torch.tensor([tokenizer.eos_token_id or 0], device=module.device)
-        tasks = self._tasks or [Task(filler, filler)]
+        tasks = self.found or [Task(filler, filler)]
         batch = _padded([torch.cat(task) for task in tasks], float(filler.item()), "right")
         first = torch.tensor([len(task.prompt) for task in tasks], device=module.device)[:, None]
         places = torch.arange(batch["input_ids"].shape[1], device=module.device)
@@ -126,7 +101,7 @@ class SampledAnswers(Callback):
         batch["labels"] = batch["input_ids"].masked_fill(~learnt, module.criterion.ignore_index)
         batch = rollouts.answered_by_student(batch, len(tasks))
         strips = surprises(module, batch)
-        if not self._tasks:
+        if not self.found:
             return
         known = batch["labels"] != module.criterion.ignore_index
         answered = [row for row in range(len(tasks)) if known[row].any()]  # others leave no room for an answer
@@ -146,13 +121,10 @@ def _padded(rows: list[Tensor], pad: float, side: str) -> dict[str, Tensor]:
 def _log(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, ends: list[int], tasks: list[Task], answers: list[Tensor]
 ) -> None:
-    columns: dict[str, list[Any]] = {
-        "prompt": [task.prompt for task in tasks],
-        "reference": [row for task in tasks for row in up_to_end(task.reference[None], ends)],
-        "answer": [row for answer in answers for row in up_to_end(answer[None], ends)],
-    }
-    texts = {
-        name: [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] if tasks else []
-        for name, ids in columns.items()
-    }
-    log_texts(trainer, "answers", [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])
+    rows = []
+    for task, answer in zip(tasks, answers, strict=True):
+        reference, said = (up_to_end(tokens[None], ends)[0] for tokens in (task.reference, answer))
+        row = {"prompt": task.prompt.tolist(), "reference": reference, "answer": said}
+        texts = tokenizer.batch_decode(list(row.values()), skip_special_tokens=True)
+        rows.append({name: text.strip() for name, text in zip(row, texts, strict=True)})
+    log_texts(trainer, "answers", rows)

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning import functional as F
 from akl_lightning.batch import KEYS, OF_TEACHER
-from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
 from akl_lightning.callbacks.figures import HEAD, blank_figure, drawable, in_own_style, ink, shorten, word
 from akl_lightning.callbacks.loggers import log_figure
-from akl_lightning.callbacks.samples import Row, response_rows, wanted_of_batch
+from akl_lightning.callbacks.samples import Row, SampleCallback, read_until, response_rows
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.aligned import AlignedTeacher
@@ -23,7 +22,7 @@ _SHOWN = 12
 """Tokens that are drawn."""
 
 
-class DistributionPlot(Callback):
+class DistributionPlot(SampleCallback):
     """Draw what teacher and student expect next at one position of a validation answer, after every validation.
 
     The position is the same every time; the figure goes to the loggers as ``distributions``.
@@ -38,53 +37,34 @@ class DistributionPlot(Callback):
     def __init__(self, position: int = 1) -> None:
         if position < 0:
             raise UsageError(f"position must be 0 or more, got {position}.")
+        super().__init__(answers=1)
         self.position = position
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there are two distributions, words and somewhere to draw them."""
-        if stage == "fit":
-            require_teacher(self, pl_module)
-            require_tokenizer(self, pl_module)
-            require_logger(self, trainer)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw, if it is the batch that the sample lies in."""
-        if not wanted_of_batch(trainer, batch_idx, dataloader_idx, 1):
-            return
-        assert isinstance(pl_module, DistillationModule)
+    def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:
+        """Draw: it is the batch that the sample lies in."""
         # On every rank, with or without a response, as each may have a part of the models.
-        rows = response_rows(pl_module, batch)
+        rows = response_rows(module, batch)
         index = rows[0].number if rows else 0
         sample = {key: batch[key][index : index + 1] for key in (*KEYS, *OF_TEACHER) if key in batch}
         position = self._position(rows[0], batch) if rows else 0
-        student, teacher = pl_module.distributions(sample, slice(position, position + 1))
+        student, teacher = module.distributions(sample, slice(position, position + 1))
         if not rows or not trainer.is_global_zero:
             return
-        divergence, tokenizer = pl_module.criterion.divergence, pl_module.find_tokenizer()
+        divergence, tokenizer = module.criterion.divergence, module.find_tokenizer()
         assert tokenizer is not None
         in_head = F.head_mask(teacher, divergence.mu, divergence.head_rule)[0].cpu()
         student, teacher = student[0].cpu(), teacher[0].cpu()
         tokens = likeliest(student, teacher, _SHOWN)
-        of_classes = isinstance(pl_module.teacher, AlignedTeacher)
+        of_classes = isinstance(module.teacher, AlignedTeacher)
         kind = "classes" if of_classes else "tokens"
-        shown = pl_module.teacher.tokens_of(tokens) if of_classes else tokens.tolist()  # type: ignore[union-attr]
-        until = rows[0].positions[position] + 1
-        before = sample["input_ids"][0, :until][sample["attention_mask"][0, :until].bool()]
+        shown = module.teacher.tokens_of(tokens) if of_classes else tokens.tolist()  # type: ignore[union-attr]
         figure = draw_distributions(
             distinct_words(tokenizer, shown),
             student[tokens].tolist(),
             teacher[tokens].tolist(),
             in_head[tokens].tolist(),
             head=f"head: {in_head.sum():,.3g} of {len(teacher):,} {kind}, {(teacher * in_head).sum():.0%} of p",
-            context=str(tokenizer.decode(before, skip_special_tokens=True)),
+            context=str(tokenizer.decode(read_until(batch, rows[0], position), skip_special_tokens=True)),
             expected=word(tokenizer, int(rows[0].labels[position])),
         )
         log_figure(trainer, "distributions", figure)

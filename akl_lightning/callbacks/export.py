@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from akl_lightning.callbacks.model_card import model_card
@@ -19,7 +19,7 @@ from akl_lightning.checkpoint import atomic_folder, check_writable, claim_folder
 from akl_lightning.compat import new_model
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
-from akl_lightning.models.generation import stop_tokens
+from akl_lightning.models.generation import ending, stop_tokens
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.vocabulary import tokenizer_of
@@ -169,9 +169,7 @@ class StudentExport(Callback):
         if hasattr(model, "peft_config") and (self.merge or virtual_tokens(model)):
             model = _rebuilt(model, own)  # PEFT writes the prompt of the model that it is given
             if self.merge:
-                generation = copy.deepcopy(model.generation_config)
                 model = model.merge_and_unload()
-                model.generation_config = generation
             own = model.state_dict()
         with atomic_folder(path, claimed=True) as folder:
             with _without_progress_bar():
@@ -180,8 +178,10 @@ class StudentExport(Callback):
                 tokenizer.save_pretrained(folder)
             if model.can_generate():
                 generation = copy.deepcopy(model.generation_config)
-                ends = stop_tokens(model, tokenizer, facts_of_run(trainer).end_tokens)
-                _end_with(generation, ends, None if tokenizer is None else tokenizer.pad_token_id)
+                ends = ending(stop_tokens(model, tokenizer, facts_of_run(trainer).end_tokens), tokenizer)
+                if generation.pad_token_id is not None:
+                    ends.pop("pad_token_id", None)
+                generation.update(**ends)  # so that answers end where the module's do
                 generation.save_pretrained(folder)
             card = model_card(trainer, module, f"{which}, after {step:,} optimizer steps", self.validations.get(step))
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -201,14 +201,6 @@ def _named(source: str) -> PreTrainedTokenizerBase:
     if tokenizer_of(source) is None:  # made out of nothing
         raise UsageError(f"cannot load the tokenizer {source!r}: there is a model without one; give another.")
     return tokenizer
-
-
-def _end_with(generation: GenerationConfig, ends: list[int], pad: int | None) -> None:
-    """Let answers end where the module's do."""
-    if ends:
-        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-        if generation.pad_token_id is None:
-            generation.pad_token_id = ends[0] if pad is None else pad
 
 
 @contextmanager

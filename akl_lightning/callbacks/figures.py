@@ -1,11 +1,8 @@
 """What the figures share: an opaque light ground under dark ink, whatever style the user has set, and words."""
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
-import matplotlib.style
-from matplotlib import font_manager
+from matplotlib import font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
@@ -15,19 +12,8 @@ HEAD, TAIL = "#0072b2", "#d55e00"
 
 _INK = "#1a1a1a"
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def in_own_style(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a function draw in matplotlib's default style, so that a dark one does not put light ink on white."""
-
-    @functools.wraps(draw)
-    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with matplotlib.style.context("default"):
-            return draw(*args, **kwargs)
-
-    return wrapped
+in_own_style = style.context("default")
+"""Decorates functions that draw: in matplotlib's default style, so that a dark one does not put light ink on white."""
 
 
 def blank_figure(width: float, height: float) -> Figure:

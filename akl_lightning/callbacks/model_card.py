@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch import Trainer
 
 from akl_lightning.callbacks.summary import compression_ratio, in_order
@@ -12,32 +13,6 @@ from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.records import Source
 from akl_lightning.divergences import Divergence
 from akl_lightning.module import DistillationModule
-
-_CARD = """---
-{metadata}
----
-
-# A distilled language model
-
-{facts}
-
-## Metrics
-
-{metrics}
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(".")  # this folder
-tokenizer = AutoTokenizer.from_pretrained(".")
-```
-
-## License
-
-No license is named here on purpose. The student learnt from the teacher's outputs and from the data, and the terms of
-both apply to it: look them up, and name a license that they allow, before you share it.
-"""
 
 
 def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics: Mapping[str, float] | None) -> str:
@@ -69,15 +44,11 @@ def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics
     if facts_of_data.template is not None:
         facts["Prompt template"] = repr(facts_of_data.template)
     figures = in_order({name.removeprefix("val/"): value for name, value in (metrics or {}).items()})
-    rows = "".join(f"| {name.replace('_', ' ')} | {value:.4f} |\n" for name, value in figures.items())
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["distillation", "akl-lightning"]
     )
-    return _CARD.format(
-        metadata=metadata.to_yaml(),
-        facts="\n".join(f"- **{name}:** {text}" for name, text in facts.items()),
-        metrics=f"| per response token | validation |\n|---|---|\n{rows}" if rows else "Nothing was measured.\n",
-    )
+    template = str(Path(__file__).with_suffix(".md"))
+    return f"{ModelCard.from_template(metadata, template, facts=facts, figures=figures)}\n"
 
 
 def _spelled(divergence: Divergence) -> str:

@@ -1,13 +1,15 @@
-"""Which validation samples are looked at: the same ones after every epoch, spread over the split."""
+"""What looks at validation samples: at the same ones after every epoch, spread over the split."""
 
 import math
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
 from akl_lightning.data.spread import spread
+from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
 
@@ -27,16 +29,60 @@ class Row(NamedTuple):
     """Where its tokens are among those of the batch, in the per-token statistics."""
 
 
-def wanted_of_batch(trainer: Trainer, batch_idx: int, dataloader_idx: int, wanted: int) -> int:
-    """How many samples to take of a validation batch, on every rank alike, for so many in all of the split.
+class SampleCallback(Callback):
+    """Looks at some samples in every validation while training, for the loggers.
 
-    None outside of training and in a sanity check. The split may be sorted by length, so they are spread over it.
+    Args:
+        answers: how many.
+
+    Raises:
+        UsageError: no teacher where one is needed, no tokenizer or no logger.
     """
-    if trainer.state.fn != "fit" or trainer.sanity_checking or dataloader_idx:
-        return 0
-    batches: Any = trainer.num_val_batches
-    count = batches[0] if isinstance(batches, list) else batches
-    return spread(batch_idx, wanted if math.isinf(count) else int(count), wanted)
+
+    needs_teacher = True
+
+    def __init__(self, answers: int = 4) -> None:
+        if answers < 1:
+            raise UsageError(f"answers must be 1 or more, got {answers}.")
+        self.answers = answers
+        self.found: list[Any] = []
+        """What was seen in this validation."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is something to see, and somewhere to log it."""
+        if stage == "fit":
+            if self.needs_teacher:
+                require_teacher(self, pl_module)
+            require_tokenizer(self, pl_module)
+            require_logger(self, trainer)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self.found.clear()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look at this batch's share of the samples, on every rank alike; at none in a sanity check."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or dataloader_idx:
+            return
+        batches: Any = trainer.num_val_batches
+        count = batches[0] if isinstance(batches, list) else batches
+        # The split may be sorted by length.
+        wanted = spread(batch_idx, self.answers if math.isinf(count) else int(count), self.answers)
+        if wanted:
+            assert isinstance(pl_module, DistillationModule)
+            self.look_at(trainer, pl_module, outputs, batch, wanted)
+
+    def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:
+        """Look at so many samples of a batch; called on every rank, with or without a response in it."""
+        raise NotImplementedError
 
 
 def response_rows(module: DistillationModule, batch: Any) -> list[Row]:
@@ -50,3 +96,9 @@ def response_rows(module: DistillationModule, batch: Any) -> list[Row]:
             rows.append(Row(number, positions[within] % length, labels[within], within))
             start += count
     return rows
+
+
+def read_until(batch: Any, row: Row, place: int = 0) -> Tensor:
+    """What is read of a sample until one of its response positions, the first unless it is said otherwise, ``[n]``."""
+    until = row.positions[place] + 1
+    return batch["input_ids"][row.number, :until][batch["attention_mask"][row.number, :until].bool()]

@@ -1,12 +1,15 @@
 """Answers as strips of cells, a cell for each token, coloured by a number of each."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from akl_lightning.callbacks.figures import blank_figure, in_own_style, ink, shorten
+from akl_lightning.callbacks.figures import blank_figure, in_own_style, ink, shorten, word
+from akl_lightning.callbacks.samples import Row, read_until
+from akl_lightning.module import DistillationModule
 
 LONGEST = 24
 """Tokens of an answer that are drawn; more would be too narrow to read."""
@@ -18,6 +21,14 @@ class Strip(NamedTuple):
     prompt: str
     words: list[str]
     values: list[float]
+
+
+def strip_of(module: DistillationModule, batch: Any, row: Row, values: Tensor) -> Strip:
+    """The answer of a batch's sample, with a number at each of its tokens, ``[tokens]``."""
+    tokenizer = module.find_tokenizer()
+    assert tokenizer is not None
+    prompt = str(tokenizer.decode(read_until(batch, row), skip_special_tokens=True))
+    return Strip(prompt, [word(tokenizer, token) for token in row.labels.tolist()], values.tolist())
 
 
 @in_own_style

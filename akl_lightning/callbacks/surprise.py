@@ -6,9 +6,9 @@ from typing import Any
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from akl_lightning.callbacks.figures import HEAD, TAIL, word
+from akl_lightning.callbacks.figures import HEAD, TAIL
 from akl_lightning.callbacks.samples import response_rows
-from akl_lightning.callbacks.strips import LONGEST, Strip, draw_strips
+from akl_lightning.callbacks.strips import LONGEST, Strip, draw_strips, strip_of
 from akl_lightning.module import DistillationModule
 
 _MOST = 8.0
@@ -24,18 +24,14 @@ def surprises(module: DistillationModule, batch: Any) -> list[Strip]:
         module: has the teacher.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
     """
-    tokenizer, ignore_index = module.find_tokenizer(), module.criterion.ignore_index
-    assert tokenizer is not None
+    ignore_index = module.criterion.ignore_index
     number = (batch["labels"] != ignore_index).cumsum(-1)
     few = {**batch, "labels": batch["labels"].masked_fill(number > LONGEST, ignore_index)}
     _, of_teacher = module.distributions(few, slice(None))
     strips = []
     for row in response_rows(module, few):
-        prompt = few["input_ids"][row.number, : row.positions[0] + 1]
-        prompt = prompt[few["attention_mask"][row.number, : len(prompt)].bool()]
         surprise = -of_teacher[row.within].gather(-1, row.labels[:, None])[:, 0].log()
-        words = [word(tokenizer, token) for token in row.labels.tolist()]
-        strips.append(Strip(str(tokenizer.decode(prompt, skip_special_tokens=True)), words, surprise.tolist()))
+        strips.append(strip_of(module, few, row, surprise))
     return strips
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from akl_lightning.checkpoint import atomic_file, check_writable
+from akl_lightning.data.facts import data_of
 from akl_lightning.data.files import json_lines
 from akl_lightning.data.messages import content_text
 from akl_lightning.data.module import InstructionDataModule
@@ -31,120 +32,95 @@ Record = dict[str, Any]
 ``seed`` (None for greedy), and the settings: ``model`` (digest of its weights), ``max_new_tokens``, ``temperature`` (0
 for greedy), ``top_p``."""
 
-_SETTINGS = ("model", "max_new_tokens", "temperature", "top_p")
-
 
 class AnswerFile:
     """The answers of one model to the prompts of a split.
 
-    While a run is on, each process appends to a file of its own beside ``path`` (``.part0`` and so on); in the end
-    they become one.
+    While a run is on, rank 0 appends those of every rank to a file beside ``path`` (``.part0``), which is put in order
+    in the end.
 
     Args:
+        trainer: of the run.
+        split: of its :class:`~akl_lightning.data.module.InstructionDataModule`.
         path: the file.
         model: what tells the model from others, a digest of its weights.
         decoding: how its answers are decoded.
     """
 
-    def __init__(self, path: str | Path, model: str, decoding: Decoding) -> None:
+    def __init__(self, trainer: Trainer, split: str, path: str | Path, model: str, decoding: Decoding) -> None:
+        self.trainer = trainer
+        self.split = split
         self.path = Path(path)
         self.decoding = decoding
-        sampled = bool(decoding.seeds)
-        self.settings = dict(
-            zip(
-                _SETTINGS,
-                (
-                    model[:16],
-                    decoding.max_new_tokens,
-                    decoding.temperature if sampled else 0.0,
-                    decoding.top_p if sampled else 1.0,
-                ),
-                strict=True,
-            )
-        )
+        self.settings = {
+            "model": model[:16],
+            "max_new_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature if decoding.seeds else 0.0,
+            "top_p": decoding.top_p if decoding.seeds else 1.0,
+        }
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
         self._records: dict[tuple[str, int | None], Record] = {}
-        self._new: list[Record] = []
         self._seen: dict[int, None] = {}
 
-    def open(self, trainer: Trainer) -> None:
+    def open(self) -> None:
         """Read what is there already. Called on every rank.
 
         Raises:
             UsageError: the file cannot be read or written, is being written, or holds answers of other settings.
         """
+        found: list[Record] = []
         try:
-            with ending_together(trainer), self._explained():
-                found = self._look(trainer)
-            # Nobody writes before all have read.
-            with ending_together(trainer), self._explained():
-                part = self.path.with_name(f"{self.path.name}.part{trainer.global_rank}")
-                self._part = part.open("a", encoding="utf-8")
-                self._part.write("\n")  # after a line that a kill has cut off
+            with ending_together(self.trainer), self._explained():
+                if self.trainer.is_global_zero:
+                    found = self._look()
+                    self._part = self.path.with_name(f"{self.path.name}.part0").open("a", encoding="utf-8")
+                    self._part.write("\n")  # after a line that a kill has cut off
         except BaseException:
             self._lock.release()
             raise
-        # The ranks of a node have read the same files.
-        nodes = gather_objects(trainer, found if trainer.local_rank == 0 else [])
-        self._keep(record for records in nodes for record in records)
+        self._keep(gather_objects(self.trainer, found)[0])
 
-    def _look(self, trainer: Trainer) -> list[Record]:
+    def _look(self) -> list[Record]:
         check_writable(self.path.parent)
-        if trainer.local_rank == 0:
-            try:
-                self._lock.acquire()
-            except Timeout as error:
-                raise UsageError(
-                    f"another run is writing answers to {self.path}: wait for it, or give another path."
-                ) from error
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UsageError(
+                f"another run is writing answers to {self.path}: wait for it, or give another path."
+            ) from error
         found = [record for file in (self.path, *self._parts()) if file.exists() for record in _read(file)]
         for record in found:
-            differing = [name for name in _SETTINGS if record.get(name) != self.settings[name]]
+            differing = [name for name in self.settings if record.get(name) != self.settings[name]]
             if differing:
                 said = " and ".join(f"{name} {record.get(name)} (now {self.settings[name]})" for name in differing)
                 raise UsageError(f"{self.path} holds answers with {said}: give another path.")
         return found
 
-    def answer(
-        self,
-        trainer: Trainer,
-        data: InstructionDataModule,
-        indices: list[int],
-        split: str,
-        generate: Callable[..., Tensor],
-        ends: Sequence[int],
-        together: bool = False,
-    ) -> None:
-        """Answer the prompts of a batch that have no answer yet, and write the answers down.
+    def answer(self, indices: list[int], generate: Callable[..., Tensor], ends: Sequence[int]) -> None:
+        """Answer the prompts of a batch that have no answer yet, and write the answers down. Called on every rank.
 
         Args:
-            trainer: of the run.
-            data: has the prompts.
             indices: of the samples in the split.
-            split: which one.
             generate: takes left-padded prompts and settings of ``generate``, gives token ids ``[batch, new_tokens]``.
             ends: the tokens with which an answer ends.
-            together: ranks have to generate at the same time, because the model is sharded over them.
         """
-        rows = {index: data.splits[split][index] for index in indices if index != FILLER}
+        data, trainer = prompts_of(self.trainer), self.trainer
+        samples = data.splits[self.split]
+        rows = {index: samples[index] for index in indices if index != FILLER}
         rows = {index: row for index, row in rows.items() if row["prompt_ids"]}  # a document asks nothing
         self._seen |= dict.fromkeys(rows)
-        mistake: UsageError | None = None
         for seed in self.decoding.seeds or (None,):
-            missing = {i: row for i, row in rows.items() if (row["prompt"], seed) not in self._records}
-            if together and trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
-                asked = list(missing.values()) or [data.splits[split][0]]
-            elif missing:
-                asked = list(missing.values())
-            else:
+            missing = [row for row in rows.values() if (row["prompt"], seed) not in self._records]
+            if not trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
                 continue
+            # Where others have something to answer, they may need the company: the model may be sharded.
+            asked = missing or [next(row for row in samples if row["prompt_ids"])]
             batch = data.collate_prompts([{"index": FILLER, **row} for row in asked])
             batch = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
             tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed))
             texts = data.tokenizer.batch_decode(up_to_end(tokens, ends), skip_special_tokens=True)
             ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(-1).tolist()
-            # Asked may be a row that only keeps the others company.
-            records = [
+            answered = [
                 {
                     **question(row),
                     "prompt": row["prompt"],
@@ -154,52 +130,42 @@ class AnswerFile:
                     "seed": seed,
                     **self.settings,
                 }
-                for row, text, end in zip(missing.values(), texts, ended, strict=False)
+                for row, text, end in zip(missing, texts, ended, strict=False)
             ]
+            records = [record for part in gather_objects(trainer, answered) for record in part]
             self._keep(records)
-            self._new += records
-            try:
-                with self._explained():
+            with ending_together(trainer), self._explained():
+                if trainer.is_global_zero:
                     self._part.writelines(_line(record) for record in records)
                     self._part.flush()
                     os.fsync(self._part.fileno())
-            except UsageError as error:
-                mistake = error
-        # Every rank comes here, however many of its prompts had an answer.
-        with ending_together(trainer):
-            if mistake is not None:
-                raise mistake
 
-    def close(self, trainer: Trainer, data: InstructionDataModule, split: str) -> list[list[Record]]:
-        """Make one file of the processes' own. Called on every rank.
+    def close(self) -> list[list[Record]]:
+        """Write the file itself. Called on every rank.
 
         Returns:
             For each sample that was seen its answers, one for each seed; the same on every rank.
         """
-        self._part.close()
-        parts = gather_objects(trainer, (list(self._seen), self._new))
-        for _, records in parts:
-            self._keep(records)
-        seen = sorted({index for indices, _ in parts for index in indices})
+        samples = prompts_of(self.trainer).splits[self.split]
+        seen = sorted({index for part in gather_objects(self.trainer, list(self._seen)) for index in part})
         # Samples may share a prompt, and differ in what is expected of it.
         groups = [
             [
                 {**self._records[row["prompt"], seed], "references": references(row)}
                 for seed in self.decoding.seeds or (None,)
             ]
-            for row in (data.splits[split][index] for index in seen)
+            for row in (samples[index] for index in seen)
         ]
-        written = {(record["prompt"], record["seed"]) for group in groups for record in group}
-        others = [record for key, record in self._records.items() if key not in written]  # of an earlier run
-        with ending_together(trainer), self._explained():
-            if trainer.is_global_zero:
-                unique = {(record["prompt"], record["seed"]): record for group in [*groups, others] for record in group}
+        written = {(record["prompt"], record["seed"]): record for group in groups for record in group}
+        others = {key: record for key, record in self._records.items() if key not in written}  # of an earlier run
+        with ending_together(self.trainer), self._explained():
+            if self.trainer.is_global_zero:
                 with atomic_file(self.path) as file, file.open("w", encoding="utf-8") as lines:
-                    lines.writelines(_line(record) for record in unique.values())
-        if trainer.local_rank == 0:
-            for part in self._parts():
-                part.unlink(missing_ok=True)
-            self._lock.release()
+                    lines.writelines(_line(record) for record in (written | others).values())
+                self._part.close()
+                for part in self._parts():
+                    part.unlink(missing_ok=True)
+                self._lock.release()
         return groups
 
     @contextmanager
@@ -217,6 +183,18 @@ class AnswerFile:
 
     def _parts(self) -> list[Path]:
         return sorted(file for file in self.path.parent.iterdir() if file.name.startswith(f"{self.path.name}.part"))
+
+
+def prompts_of(trainer: Trainer) -> InstructionDataModule:
+    """The data module of a run, which has prompts.
+
+    Raises:
+        UsageError: it is none that has.
+    """
+    data = data_of(trainer)
+    if not isinstance(data, InstructionDataModule):
+        raise UsageError("answers need prompts and references: give the Trainer an InstructionDataModule.")
+    return data
 
 
 def question(row: Mapping[str, Any]) -> Record:

@@ -1,6 +1,5 @@
 """Let a model answer the prompts of a split, under the Trainer: in a test, or for its own sake."""
 
-import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data.encode import column
-from akl_lightning.data.facts import data_of, facts_of, facts_of_run
-from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.answers import AnswerFile, Record
+from akl_lightning.evaluation.answers import AnswerFile, Record, digest, prompts_of
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.rouge import rouge_l
@@ -24,7 +22,7 @@ from akl_lightning.models.load import Precision
 from akl_lightning.models.vocabulary import check_same_vocabulary, tokenizer_of
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import data_parallel_mesh, ending_together
-from akl_lightning.teachers.fingerprint import digest, weights_digest
+from akl_lightning.teachers.fingerprint import weights_digest
 from akl_lightning.teachers.live import LiveTeacher
 
 
@@ -60,37 +58,30 @@ class AnswerEvaluation(Callback):
             return
         if not isinstance(pl_module, DistillationModule):
             raise UsageError("AnswerEvaluation needs a DistillationModule: remove the callback.")
-        positions = pl_module.student.max_positions
-        _data(trainer).check_answers_fit("test", "decoding.max_new_tokens", self.decoding.max_new_tokens, positions)
+        data, positions = prompts_of(trainer), pl_module.student.max_positions
+        data.check_answers_fit("test", "decoding.max_new_tokens", self.decoding.max_new_tokens, positions)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for answers that are there already."""
         assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
-        depends_on = [model, asdict(self.decoding), *column(_data(trainer).splits["test"], "prompt")]
-        key = digest(json.dumps(depends_on).encode())[:8]
-        self._file = AnswerFile(str(path).replace("{key}", key), model, self.decoding)
-        self._file.open(trainer)
+        key = digest([model, asdict(self.decoding), *column(prompts_of(trainer).splits["test"], "prompt")])[:8]
+        self._file = AnswerFile(trainer, "test", str(path).replace("{key}", key), model, self.decoding)
+        self._file.open()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Answer the prompts of the batch."""
         assert isinstance(pl_module, DistillationModule)
-        sharded, data = isinstance(pl_module, FSDPModule), _data(trainer)
-        ends = pl_module.student.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
-        self._file.answer(trainer, data, batch["index"].tolist(), "test", pl_module.generate, ends, sharded)
+        facts = facts_of_run(trainer)
+        ends = pl_module.student.stop_tokens(facts.tokenizer, facts.end_tokens)
+        self._file.answer(batch["index"].tolist(), pl_module.generate, ends)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the answers are worth."""
-        self.answers = self._file.close(trainer, _data(trainer), "test")
+        self.answers = self._file.close()
         self.written = self._file.path
         figures = answer_figures(self.answers)
         pl_module.log_dict({f"test/{name}": float(value) for name, value in figures.items() if value == value})
@@ -116,13 +107,6 @@ def answer_figures(answers: list[list[Record]]) -> dict[str, float]:
     if len(scores) > 1:
         figures["rouge_l_sd"] = statistics.stdev(scores)
     return figures | diversity([[record["answer"] for record in group] for group in answers])
-
-
-def _data(trainer: Trainer) -> InstructionDataModule:
-    data = data_of(trainer)
-    if not isinstance(data, InstructionDataModule):
-        raise UsageError("answers need prompts and references: give the Trainer an InstructionDataModule.")
-    return data
 
 
 class AnswerWriter(LightningModule):
@@ -161,7 +145,7 @@ class AnswerWriter(LightningModule):
         """Check that there is a place for the answers, and that they fit the model with their prompts."""
         with ending_together(self.trainer):
             check_writable(self.path.parent)
-        data = _data(self.trainer)
+        data = prompts_of(self.trainer)
         if self._tokenizer is not None:
             check_same_vocabulary(self._tokenizer, data.tokenizer, ("model", "data"))
         self.language_model.check_fits("model", data.tokenizer, None)
@@ -175,15 +159,15 @@ class AnswerWriter(LightningModule):
     def on_predict_start(self) -> None:
         """Look for answers that are there already."""
         self.language_model.to(self.device)
-        self._file = AnswerFile(self.path, weights_digest(self.language_model.model.model), self.decoding)
-        self._file.open(self.trainer)
+        model = weights_digest(self.language_model.model.model)
+        self._file = AnswerFile(self.trainer, prompts_of(self.trainer).predict_split, self.path, model, self.decoding)
+        self._file.open()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Answer the prompts of the batch; how many there are."""
-        data = _data(self.trainer)
-        sharded, split = isinstance(self.language_model.model, FSDPModule), data.predict_split
-        ends = self.language_model.model.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
-        self._file.answer(self.trainer, data, batch["index"].tolist(), split, self._generate, ends, sharded)
+        facts = facts_of_run(self.trainer)
+        ends = self.language_model.model.stop_tokens(facts.tokenizer, facts.end_tokens)
+        self._file.answer(batch["index"].tolist(), self._generate, ends)
         return len(batch["index"])
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
@@ -192,6 +176,5 @@ class AnswerWriter(LightningModule):
         return model.generate(prompts, facts.tokenizer, facts.end_tokens, **arguments, synced_gpus=sharded)
 
     def on_predict_end(self) -> None:
-        """Make one file of what the processes have written."""
-        data = _data(self.trainer)
-        self._file.close(self.trainer, data, data.predict_split)
+        """Write the file of all answers."""
+        self._file.close()

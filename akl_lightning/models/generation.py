@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import transformers
 from torch import Tensor
@@ -22,6 +23,20 @@ def stop_tokens(
     own = [] if named is None else [named] if isinstance(named, int) else list(named)
     first = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*first, *(end_tokens or ()), *own]))
+
+
+def ending(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What tells ``transformers`` to end an answer at any of these tokens, and to fill up what is behind.
+
+    Args:
+        ends: the :func:`stop_tokens`.
+        tokenizer: whose padding is taken, if it has any; else the first of them.
+    """
+    if not ends:
+        return {}
+    pad = None if tokenizer is None else tokenizer.pad_token_id
+    eos = list(ends) if len(ends) > 1 else ends[0]  # not every module of a user's own takes a list
+    return {"eos_token_id": eos, "pad_token_id": ends[0] if pad is None else pad}
 
 
 def up_to_end(tokens: Tensor, ends: Sequence[int]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from akl_lightning.errors import UsageError
 
@@ -80,13 +80,7 @@ def lay_out(batch: Mapping[str, Any]) -> Layout:
 
 def known_inputs(model: Any) -> frozenset[str]:
     """What the forward of a ``transformers`` model and of its body take from a batch, by name."""
-    return (_parameters(type(model)) & _parameters(type(model.base_model))) - _NEVER - OURS
-
-
-def extra_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a batch carries for a ``transformers`` model beside tokens, mask and labels."""
-    known = known_inputs(model)
-    return {name: value for name, value in batch.items() if name in known}
+    return (_parameters(type(model).forward) & _parameters(type(model.base_model).forward)) - _NEVER - OURS
 
 
 def check_inputs(model: Any, batch: Mapping[str, Any], role: str, packing: bool) -> None:
@@ -102,7 +96,7 @@ def check_inputs(model: Any, batch: Mapping[str, Any], role: str, packing: bool)
     """
     kind, known = type(model).__name__, known_inputs(model)
     for name in batch.keys() - OURS:
-        if name not in known and (name in CONTENT or name in _parameters(type(model))):
+        if name not in known and (name in CONTENT or name in _parameters(type(model).forward)):
             raise UsageError(
                 f"the batch has {name!r}, which the {role}, {kind}, cannot be given: leave it out of the batch, or "
                 "take a model that knows it."
@@ -120,10 +114,6 @@ def check_inputs(model: Any, batch: Mapping[str, Any], role: str, packing: bool)
         )
 
 
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    return _named_by(kind.forward)
-
-
 @lru_cache
-def _named_by(forward: Callable[..., Any]) -> frozenset[str]:
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)

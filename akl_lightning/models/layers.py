@@ -1,7 +1,6 @@
 """The decoder layers of a model, and a student made of some of a teacher's."""
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,15 +70,10 @@ def prune_layers(model: "transformers.PreTrainedModel", keep: Sequence[int]) -> 
             setattr(of_text, name, [value[index] for index in keep])
     pruned = new_model(type(model), config, model.dtype)
     nn.Module.to(pruned, model.device)
-    places = {f"{prefix}.{old}.": f"{prefix}.{new}." for new, old in enumerate(keep)}
-    weights = {}
-    for name, weight in model.state_dict().items():
-        number = re.match(rf"{re.escape(prefix)}\.\d+\.", name)
-        if number is None:
-            weights[name] = weight
-        elif number[0] in places:
-            weights[places[number[0]] + name[number.end() :]] = weight
-    pruned.load_state_dict(weights)
+    others = {name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{prefix}.")}
+    pruned.load_state_dict(others, strict=False)
+    for new, old in enumerate(keep):
+        pruned.get_submodule(f"{prefix}.{new}").load_state_dict(layers[old].state_dict())
     pruned.generation_config = copy.deepcopy(model.generation_config)
 
     def skip(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

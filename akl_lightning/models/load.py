@@ -1,6 +1,5 @@
 """Load a causal language model, or its tokenizer, from wherever it lies."""
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -82,19 +81,18 @@ def load_causal_lm(
     location = _location(source)
     with _explained(role, source):
         base = None if "gguf_file" in location else base_of_adapter(source)
-    if base is not None:
-        of_adapter = f"base of the {role} {source!r},"
-        model = load_causal_lm(base, trust_remote_code, of_adapter, precision, attn_implementation)
-        with _explained(role, source):
+        if base is not None:
+            of_adapter = f"base of the {role} {source!r},"
+            model = load_causal_lm(base, trust_remote_code, of_adapter, precision, attn_implementation)
             return put_on_adapter(model, source).train()
-    with _explained(role, source), _attending(role, attn_implementation):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **location,
-            **_quantization(location, precision),
-            dtype=dtype or (torch.float32 if "gguf_file" in location else "auto"),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+        with _attending(role, attn_implementation):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **location,
+                **_quantization(location, precision),
+                dtype=dtype or (torch.float32 if "gguf_file" in location else "auto"),
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
     return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
 
 
@@ -149,7 +147,7 @@ def _location(source: str) -> dict[str, str]:
 def _in_package(source: str) -> str:
     """The path of the GGUF file that an installed package brings."""
     name = source.removeprefix(PACKAGE_PREFIX).replace("-", "_")  # pip takes either
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    spec = find_spec(name) if name.isidentifier() else None
     found = [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.glob("*.gguf"))
     if len(found) != 1:
         missing = "is not installed" if spec is None else f"has {len(found)} GGUF files in it, not one"

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.batch import Batch
 from akl_lightning.compat import compile_errors, is_recurrent
 from akl_lightning.errors import UsageError
-from akl_lightning.models.generation import plain_decoding, stop_tokens
-from akl_lightning.models.inputs import check_inputs, extra_inputs, known_inputs, lay_out
+from akl_lightning.models.generation import ending, plain_decoding, stop_tokens
+from akl_lightning.models.inputs import check_inputs, known_inputs, lay_out
 from akl_lightning.models.layers import PROBE_TOKENS, evaluating, outputs_differ, text_config
 from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.packing import Packed, pack
@@ -177,9 +177,7 @@ class SplitModel(nn.Module):
             )
         # A module of the user's own may know less of this, and have a config all the same.
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        if ends := self.stop_tokens(tokenizer, end_tokens):
-            pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
-            settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
+        settings |= ending(self.stop_tokens(tokenizer, end_tokens), tokenizer)
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
         with self._eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
             tokens = generate(**inputs, **{**settings, **arguments})
@@ -190,10 +188,7 @@ class SplitModel(nn.Module):
         if self.causal_lm is None:
             output = self.model(batch)
             return getattr(output, "logits", output)
-        more = {"output_router_logits": True} if self.has_router_loss else {}
-        output = self.model(**self._inputs(batch), **more, use_cache=False)
-        if self.has_router_loss:
-            self._router_loss = router_loss(self.causal_lm, output, batch["attention_mask"])
+        output = self._run(self.model, self._inputs(batch), batch["attention_mask"])
         return output.logits[:, -batch["input_ids"].shape[1] :]  # a prompt's virtual tokens stand before the others
 
     def check_inputs(self, batch: Batch, role: str) -> None:
@@ -209,13 +204,22 @@ class SplitModel(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What a ``transformers`` model is called with on a batch that is not packed."""
         assert self.causal_lm is not None
-        layout = batch.get("layout") or lay_out(batch)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | extra_inputs(self.causal_lm, batch)
-        if layout.position_ids is not None and "position_ids" in known_inputs(self.causal_lm):
+        layout, known = batch.get("layout") or lay_out(batch), known_inputs(self.causal_lm)
+        inputs = {name: value for name, value in batch.items() if name in {"input_ids", "attention_mask", *known}}
+        if layout.position_ids is not None and "position_ids" in known:
             inputs["position_ids"] = layout.position_ids
         if layout.segments is not None:
             inputs["attention_mask"] = self._mask(layout.segments)
         return inputs
+
+    def _run(self, model: Any, inputs: dict[str, Any], counts: Tensor) -> Any:
+        """Call the model or its body, and keep its router's loss over the tokens that count."""
+        if not self.has_router_loss:
+            return model(**inputs, use_cache=False)
+        assert self.causal_lm is not None
+        output = model(**inputs, output_router_logits=True, use_cache=False)
+        self._router_loss = router_loss(self.causal_lm, output, counts)
+        return output
 
     def _mask(self, position_ids: Tensor) -> Any:
         """A mask for each kind of layer, by which samples in a row see nothing of each other.
@@ -241,16 +245,12 @@ class SplitModel(nn.Module):
         assert self.causal_lm is not None and self.head is not None
         config = text_config(self.causal_lm.config)
         if packed is None:
-            inputs = self._inputs(batch)
+            inputs, counts = self._inputs(batch), batch["attention_mask"]
         else:
-            mask = self._mask(packed.position_ids)
+            mask, counts = self._mask(packed.position_ids), packed.mask
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
             positions = packed.places.flatten()[positions]
-        more = {"output_router_logits": True} if self.has_router_loss else {}
-        output = self.causal_lm.base_model(**inputs, **more, use_cache=False)
-        if self.has_router_loss:
-            counts = batch["attention_mask"] if packed is None else packed.mask
-            self._router_loss = router_loss(self.causal_lm, output, counts)
+        output = self._run(self.causal_lm.base_model, inputs, counts)
         hidden = output[0].flatten(0, 1)[positions]
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             hidden = hidden * config.logit_scale
@@ -309,18 +309,16 @@ class SplitModel(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         torch.clear_autocast_cache()  # what it has cast without a gradient here must not serve the step
         if own_router_loss is not None and (loss is None or outputs_differ(own_router_loss[None], loss[None])):
-            rank_zero_warn(
-                f"{type(self.causal_lm).__name__}: the loss of its router cannot be told from what its body gives; "
-                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
-            )
-            return False
-        if own.shape != logits.shape or outputs_differ(own, logits):
-            rank_zero_warn(
-                f"{type(self.causal_lm).__name__}: its output layer on its hidden states does not give its logits; "
-                "taking all of its logits instead, which is slower and needs memory for [batch, length, vocab]."
-            )
-            return False
-        return True
+            fault = "the loss of its router cannot be told from what its body gives"
+        elif own.shape != logits.shape or outputs_differ(own, logits):
+            fault = "its output layer on its hidden states does not give its logits"
+        else:
+            return True
+        rank_zero_warn(
+            f"{type(self.causal_lm).__name__}: {fault}; taking all of its logits instead, which is slower and needs "
+            "memory for [batch, length, vocab]."
+        )
+        return False
 
     def _shares_rows(self, batch: Batch) -> bool:
         """Whether several samples lie in a row, by the package or by the batch's own positions."""

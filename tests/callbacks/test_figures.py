@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from akl_lightning.callbacks import draw_distributions, draw_head_tail, draw_weight_map
 from akl_lightning.callbacks.figures import shorten, word
-from akl_lightning.callbacks.weight_map import WeightedAnswer
+from akl_lightning.callbacks.strips import Strip
 
 AWKWARD = ["$x^", "\\frac{", "_", "⏎", "␣", "supercalifrag…", "�", "[end]", "%", "$"]
 
@@ -32,9 +32,9 @@ def weight_map() -> Figure:
     weights = [index / 9 for index in range(10)]
     return draw_weight_map(
         [
-            WeightedAnswer("cost in $ of a_{b}\n\nand a prompt that goes on " + "and on " * 30, AWKWARD, weights),
-            WeightedAnswer("short", ["yes"], [0.3]),
-            WeightedAnswer("long", AWKWARD * 5, weights * 5),
+            Strip("cost in $ of a_{b}\n\nand a prompt that goes on " + "and on " * 30, AWKWARD, weights),
+            Strip("short", ["yes"], [0.3]),
+            Strip("long", AWKWARD * 5, weights * 5),
         ]
     )
 

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from akl_lightning.callbacks import HeadWeightMap, draw_weight_map, weight_map
-from akl_lightning.callbacks.weight_map import WeightedAnswer
+from akl_lightning.callbacks.strips import Strip
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -20,9 +20,9 @@ from tests.conftest import QUIET, gpt2
 def test_the_weights_of_the_same_answers_are_drawn_after_every_validation(
     data: InstructionDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[list[WeightedAnswer]] = []
+    drawn: list[list[Strip]] = []
 
-    def draw(answers: list[WeightedAnswer]) -> Any:
+    def draw(answers: list[Strip]) -> Any:
         drawn.append(list(answers))
         return draw_weight_map(answers)
 
@@ -45,15 +45,15 @@ def test_the_weights_of_the_same_answers_are_drawn_after_every_validation(
             student = module.student.model.eval()(row["input_ids"]).logits.flatten(0, 1)[positions]
             teacher = module.teacher.model.model(row["input_ids"]).logits.flatten(0, 1)[positions]
         statistics, _, _ = references.compare(student, teacher, labels, "adaptive_kl")
-        assert answer.weights == pytest.approx(statistics["head_weight"].tolist(), abs=1e-4)
+        assert answer.values == pytest.approx(statistics["head_weight"].tolist(), abs=1e-4)
         assert len(answer.words) == len(labels) and answer.words[-1] == "[end]"
         assert answer.prompt.strip() in data.tokenizer.decode(row["input_ids"][0])
 
 
 def test_a_strip_for_each_answer_with_words_under_it() -> None:
     answers = [
-        WeightedAnswer("one", ["a", "$b$", "c"], [0.0, 0.5, 1.0]),
-        WeightedAnswer("two", [f"w{index}" for index in range(40)], [0.5] * 40),
+        Strip("one", ["a", "$b$", "c"], [0.0, 0.5, 1.0]),
+        Strip("two", [f"w{index}" for index in range(40)], [0.5] * 40),
     ]
     figure = draw_weight_map(answers)
     *strips, bar = figure.axes
