@@ -143,6 +143,8 @@ class InstructionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load, split and tokenize, once."""
         bounded = self._bound(positions_of(self.trainer.lightning_module)) if self.trainer else False
+        if self._rollouts is not None:
+            self._rollouts.check_data(self, stage)
         if not self.splits or bounded:
             self.chat.introduce()
             records = split_records(self.source.load(), self.validation_size, self.test_size)
@@ -239,8 +241,12 @@ class InstructionDataModule(LightningDataModule):
     @property
     def _answered(self) -> bool:
         """Whether somebody answers prompts alone on the way."""
-        rollouts = getattr(self.trainer and self.trainer.lightning_module, "rollouts", None)
-        return self.prompts_alone or getattr(rollouts, "on", False)
+        return self.prompts_alone or getattr(self._rollouts, "on", False)
+
+    @property
+    def _rollouts(self) -> Any:
+        """Who answers, where somebody asks for the data who knows of it."""
+        return getattr(self.trainer and self.trainer.lightning_module, "rollouts", None)
 
     def _learnable(self, split: str) -> int:
         """How many samples of a split, its first ones, have something to learn."""
