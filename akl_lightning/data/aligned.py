@@ -283,6 +283,8 @@ def _aligned_alone(rows: datasets.Dataset, split: str, refused: Sequence[str]) -
         return rows
     table = rows.select_columns(["aligned"]).with_format("arrow")[:]
     places = table["aligned"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    if not len(places) and not refused:  # prompts alone
+        return rows
     share = 100 * (places != NONE).mean() if len(places) else 0.0
     dropped = f"; {len(refused):,} of {len(rows):,} samples dropped, the first because {refused[0]}" if refused else ""
     rank_zero_info(f"{split}: {share:.1f} % of {len(places):,} response tokens are aligned with the teacher's{dropped}")
