@@ -47,16 +47,14 @@ def test_a_student_that_is_sure_of_itself_is_said() -> None:
 
 
 def test_rollouts_that_the_teacher_does_not_stand_beside_are_said() -> None:
-    watch = Watch()
+    watch, other, older = Watch(), Watch(), Watch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch.look_at_aligned([(2, 10)] * WINDOW, 0, 100)  # exactly a fifth
-        watch.look_at_aligned([(1, 10)] * (WINDOW - 1), 0, None)
-        other = Watch()
         other.load(watch.state())
-        other.load({name: value for name, value in watch.state().items() if name != "aligned"})  # an older one
-        other.look_at_aligned([(0, 10)] * (WINDOW - 1), 0, None)
-    with pytest.warns(UserWarning, match="of the 640 tokens of the last 64 rollouts only 0 are aligned"):
+        older.load({name: value for name, value in watch.state().items() if name != "aligned"})
+        older.look_at_aligned([(0, 10)], 0, None)
+    with pytest.warns(UserWarning, match="of the 640 tokens of the last 64 rollouts only 126 are aligned"):
         other.look_at_aligned([(0, 10)], 0, None)
     with pytest.warns(UserWarning, match="2 of 3 rollouts fill the 1,024 positions of the teacher.*max_new_tokens"):
         other.look_at_aligned([(5, 10)] * 3, 2, 1024)
