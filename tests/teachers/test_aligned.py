@@ -8,8 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tokenizers import normalizers
@@ -443,6 +445,29 @@ def test_a_response_is_aligned_up_to_what_is_no_text(
     # And nothing but that.
     side = pairing.response((more("x\n").input_ids, [7, 8, 9]), ids[1:2])
     assert side.input_ids == [7, 8, 9, end] and side.aligned == [3]
+
+
+ODD = byte_level(MERGES, [END, "<odd>"])
+OTHERS = (
+    byte_level(["h e", "Ġ t", "ð Ł"], ["<stop>"]),
+    sentencepiece(["▁", *"abcdefghijklmnopqrstuvwxyz"], ["▁ t", "h e"]),
+)
+PAIRINGS = [Pairing(Chat(ODD, "plain"), Chat(other, "plain")) for other in OTHERS]
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.lists(st.integers(0, len(ODD) - 1), min_size=1, max_size=12), st.sampled_from(PAIRINGS))
+def test_whatever_a_student_says_aligned_tokens_have_read_the_same(ids: list[int], pairing: Pairing) -> None:
+    ids = ids[: ids.index(ODD.eos_token_id) + 1] if ODD.eos_token_id in ids else ids
+    prompt = pairing.tokenizer("x\n").input_ids
+    side = pairing.response((ODD("x\n").input_ids, prompt), ids)
+    assert len(side.aligned) == len(ids) and side.input_ids[: len(prompt)] == prompt
+    for number, other in enumerate(side.aligned):
+        before = pairing.student.join(ids[:number])
+        if other >= 0:
+            assert pairing.teacher.join(side.input_ids[len(prompt) : other]) == before
+    places = [other for other in side.aligned if other >= 0]
+    assert places == sorted(set(places)) and side.aligned[0] == len(prompt)
 
 
 def test_what_looks_like_the_teachers_end_in_a_response_is_text(
