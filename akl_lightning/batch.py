@@ -30,7 +30,7 @@ class Response(NamedTuple):
 
 _TEACHER = "teacher_"
 
-OF_TEACHER = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels", "aligned")
+OF_TEACHER = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels", "teacher_turn", "aligned")
 """What more a batch holds for a teacher with another tokenizer."""
 
 

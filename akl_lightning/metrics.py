@@ -14,6 +14,9 @@ from akl_lightning.criterion import STATISTICS
 OF_STUDENT = ("loss", "cross_entropy", "router_loss", "aligned")
 """Statistics that every token has, whether or not there is a teacher at it."""
 
+OF_ROLLOUTS = "rollout_"
+"""What is so called is of other tokens than those of the batch, at all of which there is a teacher."""
+
 
 class Sums(Metric):
     """Has sums as its state, in float64, which ranks and runs that go on add up.
@@ -58,7 +61,8 @@ class TokenMean(Sums):
         """
         if self.statistic in statistics:
             values = statistics[self.statistic].double()
-            aligned = statistics.get("aligned") if self.statistic not in OF_STUDENT else None
+            everywhere = self.statistic in OF_STUDENT or self.statistic.startswith(OF_ROLLOUTS)
+            aligned = None if everywhere else statistics.get("aligned")
             self.total = self.total + _sum(values, aligned)
             self.tokens = self.tokens + _count(values, aligned)
 
@@ -190,18 +194,26 @@ class BitsPerByte(Sums):
 class AlignedShare(TokenMean):
     """Share of the tokens at which a teacher with another tokenizer stands at the same byte.
 
+    Args:
+        statistic: the keyword under which :meth:`update` finds 1 or 0 for each token, and the name of the share.
+
     >>> share = AlignedShare()
     >>> share.update(aligned=torch.tensor([1.0, 0.0]))
     >>> share.compute()
     {'aligned': tensor(0.5000, dtype=torch.float64)}
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("aligned", **kwargs)
+    def __init__(self, statistic: str = "aligned", **kwargs: Any) -> None:
+        super().__init__(statistic, **kwargs)
+
+    def update(self, **statistics: Tensor) -> None:
+        """Add those of one batch, ``[tokens]``; of one with rollouts its other tokens, under ``data_aligned``."""
+        of_data = statistics.get(f"data_{self.statistic}")
+        super().update(**statistics if of_data is None else {self.statistic: of_data})
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """``aligned``, a scalar, or nothing where teacher and student share one tokenizer."""
-        return {"aligned": super().compute()} if self.tokens else {}
+        """The share by its name, a scalar, or nothing where teacher and student share one tokenizer."""
+        return {self.statistic: super().compute()} if self.tokens else {}
 
 
 def _sum(values: Tensor, aligned: Tensor | None) -> Tensor:

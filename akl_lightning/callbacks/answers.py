@@ -11,12 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.callbacks.loggers import log_figure, log_texts
 from akl_lightning.callbacks.samples import SampleCallback, read_until, response_rows
 from akl_lightning.callbacks.surprise import draw_surprise, surprises
+from akl_lightning.data.collate import NO_TURN
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
+from akl_lightning.rollouts.aligned import teacher_prompt
 from akl_lightning.rollouts.draw import Rollouts
+from akl_lightning.teachers.aligned import AlignedTeacher
+from akl_lightning.tokenizers.alignment import NONE
 
 
 class Task(NamedTuple):
@@ -24,6 +28,8 @@ class Task(NamedTuple):
 
     prompt: Tensor
     reference: Tensor
+    of_teacher: list[int] | None = None
+    """The prompt as a teacher with another tokenizer reads it."""
 
 
 class SampledAnswers(SampleCallback):
@@ -63,11 +69,14 @@ class SampledAnswers(SampleCallback):
     def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:
         """Keep the prompts."""
         for row in response_rows(module, batch)[:wanted]:
+            of_teacher = None
             if "turn" in batch:
                 turns = batch["turn"][row.number, row.positions + 1]
                 last = turns == turns.max()
                 row = row._replace(positions=row.positions[last], labels=row.labels[last])
-            self.found.append(Task(read_until(batch, row), row.labels))
+                if "teacher_turn" in batch:
+                    of_teacher = teacher_prompt(batch, row.number, int(turns.max()))
+            self.found.append(Task(read_until(batch, row), row.labels, of_teacher))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
@@ -94,18 +103,24 @@ class SampledAnswers(SampleCallback):
         """Sample as in training, the same draws every time, and ask the teacher of each token."""
         filler = torch.tensor([tokenizer.eos_token_id or 0], device=module.device)
         tasks = self.found or [Task(filler, filler)]
-        batch = _padded([torch.cat(task) for task in tasks], float(filler.item()), "right")
+        batch = _padded([torch.cat(task[:2]) for task in tasks], float(filler.item()), "right")
         first = torch.tensor([len(task.prompt) for task in tasks], device=module.device)[:, None]
         places = torch.arange(batch["input_ids"].shape[1], device=module.device)
         learnt = (places >= first) & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~learnt, module.criterion.ignore_index)
+        if isinstance(module.teacher, AlignedTeacher):
+            of_teacher = [torch.tensor(task.of_teacher or [0], device=module.device) for task in tasks]
+            own = {f"teacher_{name}": value for name, value in _padded(of_teacher, 0.0, "right").items()}
+            own["teacher_labels"] = torch.full_like(own["teacher_input_ids"], module.criterion.ignore_index)
+            own["teacher_turn"] = torch.full_like(own["teacher_input_ids"], NO_TURN)
+            batch |= {**own, "aligned": torch.full_like(batch["input_ids"], NONE)}
         batch = rollouts.answered_by_student(batch, len(tasks))
         strips = surprises(module, batch)
         if not self.found:
             return
-        known = batch["labels"] != module.criterion.ignore_index
-        answered = [row for row in range(len(tasks)) if known[row].any()]  # others leave no room for an answer
-        answers = [batch["input_ids"][row][known[row]] for row in answered]
+        room, real = rollouts.sampler.room, batch["attention_mask"].bool()
+        answered = [row for row, task in enumerate(tasks) if room is None or len(task.prompt) <= room]
+        answers = [batch["input_ids"][row][real[row]][len(tasks[row].prompt) :] for row in answered]
         _log(trainer, tokenizer, rollouts.sampler.ends, [tasks[row] for row in answered], answers)
         if strips:
             log_figure(trainer, "rollout_surprise", draw_surprise(strips))

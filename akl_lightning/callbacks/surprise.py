@@ -10,6 +10,7 @@ from akl_lightning.callbacks.figures import HEAD, TAIL
 from akl_lightning.callbacks.samples import response_rows
 from akl_lightning.callbacks.strips import LONGEST, Strip, draw_strips, strip_of
 from akl_lightning.module import DistillationModule
+from akl_lightning.teachers.aligned import AlignedTeacher
 
 _MOST = 8.0
 """Nats from where on a surprise has the same colour."""
@@ -17,6 +18,8 @@ _MOST = 8.0
 
 def surprises(module: DistillationModule, batch: Any) -> list[Strip]:
     """The first tokens of each answer of a batch, and minus the log of the teacher's probability of each, in nats.
+
+    Of a teacher with another tokenizer, those of the tokens that are aligned, and the probability of their class.
 
     Every rank has to call it where models are sharded. Both are softened as the criterion's.
 
@@ -28,9 +31,11 @@ def surprises(module: DistillationModule, batch: Any) -> list[Strip]:
     number = (batch["labels"] != ignore_index).cumsum(-1)
     few = {**batch, "labels": batch["labels"].masked_fill(number > LONGEST, ignore_index)}
     _, of_teacher = module.distributions(few, slice(None))
+    classes = module.teacher.classes_of if isinstance(module.teacher, AlignedTeacher) else None
     strips = []
     for row in response_rows(module, few):
-        surprise = -of_teacher[row.within].gather(-1, row.labels[:, None])[:, 0].log()
+        said = row.labels if classes is None else classes(row.labels)
+        surprise = -of_teacher[row.within].gather(-1, said[:, None])[:, 0].log()
         strips.append(strip_of(module, few, row, surprise))
     return strips
 

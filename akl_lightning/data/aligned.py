@@ -10,17 +10,18 @@ import datasets
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from akl_lightning.data.chat import Chat, SampleError
+from akl_lightning.data.collate import NO_TURN, TEACHER
 from akl_lightning.data.encode import cache_file, content_of
 from akl_lightning.data.messages import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers import alignment
 from akl_lightning.tokenizers import bytes as bytes_
-from akl_lightning.tokenizers.alignment import NONE, Side, align
+from akl_lightning.tokenizers.alignment import NONE, Side, align, align_from
 from akl_lightning.tokenizers.bytes import TokenBytes
 
-FEATURES = {
-    name: datasets.List(datasets.Value("int32")) for name in ("teacher_input_ids", "teacher_spans", "aligned")
-} | {"not_aligned": datasets.Value("string")}
+FEATURES = {name: datasets.List(datasets.Value("int32")) for name in TEACHER} | {
+    "not_aligned": datasets.Value("string")
+}
 """Columns that a tokenized split gets."""
 
 _READ = ("messages", "tools", "cut", "file", "line", "input_ids", "spans", "turns")
@@ -36,13 +37,16 @@ class TeacherSide(NamedTuple):
     """A sample as the teacher reads it."""
 
     input_ids: list[int]
-    """The teacher's tokens, prompt and responses."""
+    """The teacher's tokens, prompt and responses; of a sample of which nothing is learnt the prompt alone."""
 
     spans: list[tuple[int, int]]
     """Which of them belong to responses, each from the first to behind the last."""
 
     aligned: list[int]
     """For each learnt token of the student the number of the teacher's that begins at the same byte, or -1."""
+
+    turns: list[int]
+    """Of each span the number of the assistant's turn, -1 where that is not known."""
 
 
 class Pairing:
@@ -87,29 +91,33 @@ class Pairing:
             sides.append(str(other) if isinstance(other, SampleError) else self._pair(row, other))
         return sides
 
-    def response(self, prompt: Sequence[int], response: Sequence[int], end: int) -> TeacherSide | None:
+    def response(self, prompts: tuple[Sequence[int], Sequence[int]], response: Sequence[int]) -> TeacherSide:
         """The teacher's side of a response that is known by its tokens alone, such as the student's own.
 
-        Args:
-            prompt: the teacher's tokens of what it answers.
-            response: the student's tokens, up to the one that ends it, or without one where it is cut.
-            end: the teacher's token that ends a response.
+        It is aligned as far as both say the same text: up to the first token that is none, such as half a character or
+        a special token, that included, where the teacher would have gone on otherwise; and no further than the teacher
+        has positions.
 
-        Returns:
-            None where no text says these tokens, as where a special token stands among them.
+        Args:
+            prompts: what it answers, in the student's tokens and in the teacher's.
+            response: the student's tokens, up to the one that ends it, or without one where it is cut.
         """
-        mine = Side(self.student, response, self.chats[0].end_tokens)
-        text = mine.body.decode(errors="ignore")
-        ids = [*self.teacher.encode(text), *([] if mine.end is None else [end])]
-        aligned = align(mine, Side(self.teacher, ids, self.chats[1].end_tokens), text)
-        if aligned is None:
-            return None
-        first = len(prompt)
-        return TeacherSide(
-            [*prompt, *ids],
-            [(first, first + len(ids))],
-            [NONE if number == NONE else first + number for number in aligned],
-        )
+        student, teacher = self.chats
+        mine = Side(self.student, response, student.end_tokens)
+        leads = [
+            tokens.join(chat.answer(prompt, "a")).removesuffix(b"a")  # what stands before each answer
+            for tokens, chat, prompt in zip((self.student, self.teacher), self.chats, prompts, strict=True)
+        ]
+        begin = len(leads[0]) if mine.body.startswith(leads[0]) else 0
+        text = _begun(mine.body[begin:])
+        ids = teacher.answer(prompts[1], text)
+        if mine.end is not None or begin + len(text.encode()) < len(mine.body):
+            ids = [*ids, teacher.end_tokens[0]]
+        yours = Side(self.teacher, ids, teacher.end_tokens)
+        first = len(prompts[1])
+        aligned = [NONE if n == NONE else first + n for n in align_from(mine, yours, (begin, len(leads[1])))]
+        side = self._cut([*prompts[1], *ids], [(first, first + len(ids))], [NO_TURN], aligned)
+        return side if isinstance(side, TeacherSide) else TeacherSide(list(prompts[1]), [], [NONE] * len(aligned), [])
 
     def _record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the teacher's template is given: of a document the block that the row is."""
@@ -121,6 +129,9 @@ class Pairing:
 
     def _pair(self, row: Mapping[str, Any], other: Any) -> TeacherSide | str:
         messages = json.loads(row["messages"]) if row["messages"] else []
+        if not row["turns"]:
+            fits = self.longest is None or len(other.prompt_ids) <= self.longest
+            return TeacherSide(other.prompt_ids, [], [], []) if fits else self._too_long()
         texts = [content_text(message) for message in messages if message["role"] == "assistant"]
         mine = _by_turn(list(zip(row["spans"][::2], row["spans"][1::2], strict=True)), row["turns"])
         yours = _by_turn(other.spans, other.turns)
@@ -139,15 +150,21 @@ class Pairing:
             if found is None:
                 return self._why(row, texts[turn] if messages else "")
             aligned += found
-        return self._cut(other.input_ids, other.spans, aligned)
+        return self._cut(other.input_ids, other.spans, other.turns, aligned)
 
-    def _cut(self, ids: list[int], spans: list[tuple[int, int]], aligned: list[int]) -> TeacherSide | str:
+    def _cut(
+        self, ids: list[int], spans: list[tuple[int, int]], turns: list[int], aligned: list[int]
+    ) -> TeacherSide | str:
         end = len(ids) if self.longest is None else self.longest
         kept = [(start, min(stop, end)) for start, stop in spans if start < end]
         if spans and not kept:
-            return f"its prompt is longer than the {end:,} positions of the teacher"
+            return self._too_long()
         ids = ids[: min(end, kept[-1][1])] if kept else ids[:end]
-        return TeacherSide(ids, kept, [number if number < len(ids) else NONE for number in aligned])
+        aligned = [number if number < len(ids) else NONE for number in aligned]
+        return TeacherSide(ids, kept, aligned, list(turns[: len(kept)]))
+
+    def _too_long(self) -> str:
+        return f"its prompt is longer than the {self.longest:,} positions of the teacher"
 
     @property
     def digest(self) -> str:
@@ -171,6 +188,14 @@ class Pairing:
         if whose:
             return f"the {whose[0]}'s tokenizer does not say its text ({_shown(text)}) byte by byte"
         return f"the templates of student and teacher do not write the same response ({_shown(text)})"
+
+
+def _begun(said: bytes) -> str:
+    """The text with which some bytes begin, up to what is no character."""
+    try:
+        return said.decode()
+    except UnicodeDecodeError as error:
+        return said[: error.start].decode()
 
 
 def _shown(text: str) -> str:
@@ -223,6 +248,7 @@ def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int
     depends_on = [
         content_of(rows, _READ)[0],
         pairing.digest,
+        *FEATURES,
         *_CODE,
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
@@ -241,10 +267,11 @@ def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int
 # A function of its arguments alone, which name the file that its result is cached in.
 def _pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[str, list[Any]]:
     sides = pairing.rows([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
-    good = [side if isinstance(side, TeacherSide) else TeacherSide([], [], []) for side in sides]
+    good = [side if isinstance(side, TeacherSide) else TeacherSide([], [], [], []) for side in sides]
     return {
         "teacher_input_ids": [side.input_ids for side in good],
         "teacher_spans": [[place for span in side.spans for place in span] for side in good],
+        "teacher_turns": [side.turns for side in good],
         "aligned": [side.aligned for side in good],
         "not_aligned": [side if isinstance(side, str) else "" for side in sides],
     }
@@ -256,6 +283,8 @@ def _aligned_alone(rows: datasets.Dataset, split: str, refused: Sequence[str]) -
         return rows
     table = rows.select_columns(["aligned"]).with_format("arrow")[:]
     places = table["aligned"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    if not len(places) and not refused:  # prompts alone
+        return rows
     share = 100 * (places != NONE).mean() if len(places) else 0.0
     dropped = f"; {len(refused):,} of {len(rows):,} samples dropped, the first because {refused[0]}" if refused else ""
     rank_zero_info(f"{split}: {share:.1f} % of {len(places):,} response tokens are aligned with the teacher's{dropped}")

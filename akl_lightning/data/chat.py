@@ -204,6 +204,13 @@ class Chat:
             for plan in plans
         ]
 
+    def answer(self, prompt: Sequence[int], text: str) -> list[int]:
+        """Tokens of an answer to a prompt, with what the assistant itself writes before it, without what ends it."""
+        before, pattern = self.rendering.before, self._tokenize.special_pattern
+        found = () if self.special_tokens_in_content else pattern.finditer(text)
+        literal = [(len(before) + start, len(before) + end) for start, end in (one.span() for one in found)]
+        return self._tokenize.behind(prompt, before + text, literal)
+
     # ----------------------------------------------------------------------------------------------------------------
     # Before the tokens
 

@@ -20,7 +20,7 @@ NO_TURN = -1
 LEARNT = ("input_ids", "spans", "turns")
 """Columns of a batch to learn from."""
 
-TEACHER = ("teacher_input_ids", "teacher_spans", "aligned")
+TEACHER = ("teacher_input_ids", "teacher_spans", "teacher_turns", "aligned")
 """What more a batch has for a teacher with another tokenizer."""
 
 PROMPTS = ("prompt_ids",)
@@ -64,9 +64,9 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` and ``turn``, each ``[batch, length]``; and ``index`` ``[batch]``.
         ``turn`` is the number of the assistant's turn that a learnt token belongs to, -1 elsewhere.
-        For a teacher with another tokenizer, ``teacher_input_ids``, ``teacher_attention_mask`` and ``teacher_labels``,
-        each ``[batch, teacher's length]``, and ``aligned`` ``[batch, length]``: for each learnt token the place of the
-        teacher's in its row, -1 where there is none.
+        For a teacher with another tokenizer, ``teacher_input_ids``, ``teacher_attention_mask``, ``teacher_labels`` and
+        ``teacher_turn``, each ``[batch, teacher's length]``, and ``aligned`` ``[batch, length]``: for each learnt token
+        the place of the teacher's in its row, -1 where there is none.
 
     >>> batch = collate([{"input_ids": [5, 6, 7, 8, 9], "spans": [1, 2, 4, 5], "turns": [0, 1], "index": 0}], 0)
     >>> batch["labels"]
@@ -75,11 +75,7 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
     tensor([[-1,  0, -1, -1,  1]])
     """
     ids = [row["input_ids"] or [pad_id] for row in rows]
-    labels, turns = [[IGNORE_INDEX] * len(row) for row in ids], [[NO_TURN] * len(row) for row in ids]
-    for number, row in enumerate(rows):
-        for start, end, turn in zip(row["spans"][::2], row["spans"][1::2], row["turns"], strict=True):
-            labels[number][start:end] = ids[number][start:end]
-            turns[number][start:end] = [turn] * (end - start)
+    labels, turns = _learnt(ids, [row["spans"] for row in rows], [row["turns"] for row in rows])
     batch = {
         "input_ids": _pad(ids, pad_id, "right"),
         "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
@@ -90,12 +86,21 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
     return batch | _teacher_side(rows, labels) if "aligned" in rows[0] else batch
 
 
+def _learnt(
+    ids: list[list[int]], spans: Sequence[Sequence[int]], turns: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Labels of rows of tokens, and to which turn each token that is learnt belongs."""
+    labels, numbers = [[IGNORE_INDEX] * len(row) for row in ids], [[NO_TURN] * len(row) for row in ids]
+    for row, (own, of_row) in enumerate(zip(spans, turns, strict=True)):
+        for start, end, turn in zip(own[::2], own[1::2], of_row, strict=True):
+            labels[row][start:end] = ids[row][start:end]
+            numbers[row][start:end] = [turn] * (end - start)
+    return labels, numbers
+
+
 def _teacher_side(rows: list[Row], labels: list[list[int]]) -> dict[str, Tensor]:
     ids = [row["teacher_input_ids"] or [0] for row in rows]  # padding, which nothing sees
-    learnt = [[IGNORE_INDEX] * len(row) for row in ids]
-    for number, row in enumerate(rows):
-        for start, end in zip(row["teacher_spans"][::2], row["teacher_spans"][1::2], strict=True):
-            learnt[number][start:end] = ids[number][start:end]
+    learnt, turns = _learnt(ids, [row["teacher_spans"] for row in rows], [row["teacher_turns"] for row in rows])
     places = [iter(row["aligned"]) for row in rows]
     aligned = [
         [NONE if label == IGNORE_INDEX else next(own) for label in of] for own, of in zip(places, labels, strict=True)
@@ -104,6 +109,7 @@ def _teacher_side(rows: list[Row], labels: list[list[int]]) -> dict[str, Tensor]
         "teacher_input_ids": _pad(ids, 0, "right"),
         "teacher_attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
         "teacher_labels": _pad(learnt, IGNORE_INDEX, "right"),
+        "teacher_turn": _pad(turns, NO_TURN, "right"),
         "aligned": _pad(aligned, NONE, "right"),
     }
 

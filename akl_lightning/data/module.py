@@ -1,6 +1,7 @@
 """Conversations, instructions and documents for the Trainer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class InstructionDataModule(InstructionData, LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load, split and tokenize, once."""
         bounded = self._bound(positions_of(self.trainer.lightning_module)) if self.trainer else False
+        if self._rollouts is not None:
+            self._rollouts.check_data(self, stage)
         if not self.splits or bounded:
             self.encode()
         train = self.splits["train"]
@@ -71,8 +74,12 @@ class InstructionDataModule(InstructionData, LightningDataModule):
     @property
     def _answered(self) -> bool:
         """Whether somebody answers prompts alone on the way."""
-        rollouts = getattr(self.trainer and self.trainer.lightning_module, "rollouts", None)
-        return self.prompts_alone or getattr(rollouts, "on", False)
+        return self.prompts_alone or getattr(self._rollouts, "on", False)
+
+    @property
+    def _rollouts(self) -> Any:
+        """Who answers, where somebody asks for the data who knows of it."""
+        return getattr(self.trainer and self.trainer.lightning_module, "rollouts", None)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Loaders

@@ -84,6 +84,19 @@ class Tokenize:
             for index, (text, asked) in enumerate(zip(texts, behind, strict=True))
         ]
 
+    def behind(self, prompt: Sequence[int], text: str, literal: Sequence[Range] = ()) -> list[int]:
+        """Tokens of a text that goes on from others.
+
+        Args:
+            prompt: the tokens before it, of which the last one decides whether some put a space in between.
+            text: the text.
+            literal: where what looks like a special token is text.
+        """
+        last = next((name for name, number in self._numbers.items() if [number] == list(prompt[-1:])), "\n")
+        moved = [(start + len(last), end + len(last)) for start, end in literal]
+        (tokens,) = self.many([Text(last + text, [len(last)], moved)], [()])
+        return tokens.ids[tokens.at[len(last)] :]
+
     def _whole(self, said: BatchEncoding, row: int, text: Text, behind: Iterable[int]) -> Tokens | None:
         """Tokens out of the one call, or None where one reaches over a cut."""
         ids = said["input_ids"][row]

@@ -13,8 +13,8 @@ from akl_lightning.errors import UsageError
 OURS = frozenset(
     (
         "input_ids", "attention_mask", "labels", "index", "turn", "response", "layout", "packed", "cached", "rollouts",
-        "teacher_input_ids", "teacher_attention_mask", "teacher_labels", "aligned", "of_teacher", "places",
-        "is_aligned", "bytes",
+        "teacher_input_ids", "teacher_attention_mask", "teacher_labels", "teacher_turn", "aligned", "of_teacher",
+        "places", "is_aligned", "bytes",
     )
 )  # fmt: skip
 """Entries of a batch that the package knows or adds."""

@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from akl_lightning.batch import Batch, Response
+from akl_lightning.data.aligned import TeacherSide
+from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import CONTENT
+from akl_lightning.tokenizers.alignment import NONE
 
 
 class Sample(NamedTuple):
@@ -67,6 +70,10 @@ class RolloutTokens(NamedTuple):
     cut: Tensor
     """1 for each rollout that was cut off, else 0, ``[rollouts]``."""
 
+    aligned: Tensor
+    """1 for each token of a rollout at which a teacher with another tokenizer stands at the same byte, else 0; none of
+    a teacher that shares the student's, ``[tokens of rollouts]`` or ``[0]``."""
+
 
 def samples_of(batch: Batch, ignore_index: int) -> list[Sample]:
     """The samples of a batch.
@@ -99,15 +106,23 @@ def samples_of(batch: Batch, ignore_index: int) -> list[Sample]:
     return samples
 
 
-def answered(batch: Batch, answers: Mapping[int, Answer], pad: int, ignore_index: int) -> dict[str, Any]:
+def answered(
+    batch: Batch,
+    answers: Mapping[int, Answer],
+    pad: int,
+    ignore_index: int,
+    sides: Mapping[int, TeacherSide] | None = None,
+) -> dict[str, Any]:
     """A batch in which some samples are prompts and new responses, padded on the right.
 
     Args:
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``; ``turn`` likewise, if it is
-            there. What else it has stays.
+            there, and what a teacher with another tokenizer reads. What else it has stays.
         answers: of some rows.
         pad: the padding token.
         ignore_index: label of what is not to be learnt.
+        sides: what such a teacher reads of each answer. Without a target there is nothing to learn, so that a token at
+            which it does not stand has no label.
 
     Returns:
         The batch, with ``rollouts``: the answers by row.
@@ -120,37 +135,64 @@ def answered(batch: Batch, answers: Mapping[int, Answer], pad: int, ignore_index
     """
     if not answers:
         return dict(batch)
-    padding = {"input_ids": pad, "attention_mask": 0, "labels": ignore_index, "turn": -1}
-    real = batch["attention_mask"].bool()
-    rows: dict[str, list[Tensor]] = {name: [] for name in padding if name in batch}
-    for row in range(len(real)):
-        answer = answers.get(row)
-        for name, of_name in rows.items():
-            old = batch[name]
-            if answer is None:
-                of_name.append(old[row][real[row]])
-                continue
-            before, behind = len(answer.prompt), len(answer.tokens)
-            values = {
-                "input_ids": [*answer.prompt, *answer.tokens],
-                "attention_mask": [1] * (before + behind),
-                "labels": [ignore_index] * before + answer.tokens,
-                "turn": [-1] * before + [answer.turn] * behind,
+    rows: dict[int, dict[str, list[int]]] = {}
+    of_teacher: dict[int, dict[str, list[int]]] = {}
+    for row, answer in answers.items():
+        before, behind = len(answer.prompt), len(answer.tokens)
+        labels = answer.tokens
+        if sides:
+            side = sides[row]
+            aligned = [number if number > 0 else NONE for number in side.aligned]  # nothing predicts the first token
+            labels = [ignore_index if at == NONE else token for token, at in zip(labels, aligned, strict=True)]
+            said, read = sum(end - start for start, end in side.spans), len(side.input_ids)
+            of_teacher[row] = {
+                "teacher_input_ids": side.input_ids,
+                "teacher_attention_mask": [1] * read,
+                "teacher_labels": [IGNORE_INDEX] * (read - said) + side.input_ids[read - said :],
+                "teacher_turn": [-1] * (read - said) + [answer.turn] * said,
             }
-            of_name.append(torch.tensor(values[name], dtype=old.dtype, device=old.device))
-    padded = {name: pad_sequence(of_name, True, padding[name]) for name, of_name in rows.items()}
-    return {**batch, **padded, "rollouts": dict(answers)}
+        rows[row] = {
+            "input_ids": [*answer.prompt, *answer.tokens],
+            "attention_mask": [1] * (before + behind),
+            "labels": [ignore_index] * before + labels,
+            "turn": [-1] * before + [answer.turn] * behind,
+        }
+        if sides:
+            rows[row]["aligned"] = [NONE] * before + aligned
+    padding = {"input_ids": pad, "attention_mask": 0, "labels": ignore_index, "turn": -1}
+    new = _replaced(batch, rows, padding | ({"aligned": NONE} if sides else {}))
+    if sides:
+        padding = {"teacher_input_ids": 0, "teacher_attention_mask": 0, "teacher_labels": IGNORE_INDEX}
+        new |= _replaced(batch, of_teacher, padding | {"teacher_turn": -1})
+    return {**batch, **new, "rollouts": dict(answers)}
 
 
-def rollout_tokens(answers: Mapping[int, Answer], response: Response, labels: Tensor, alpha: float) -> RolloutTokens:
+def _replaced(
+    batch: Batch, rows: Mapping[int, Mapping[str, list[int]]], padding: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Entries of a batch with other rows in the place of some, padded with a value for each entry."""
+    names = [name for name in padding if name in batch]
+    real = batch[next(name for name in names if name.endswith("attention_mask"))].bool()
+    new = {}
+    for name in names:
+        old = batch[name]
+        parts = [
+            torch.tensor(rows[row][name], dtype=old.dtype, device=old.device) if row in rows else old[row][real[row]]
+            for row in range(len(real))
+        ]
+        new[name] = pad_sequence(parts, True, padding[name])
+    return new
+
+
+def rollout_tokens(batch: Batch, response: Response, alpha: float) -> RolloutTokens:
     """Which of a batch's response tokens are rollouts', found on the host.
 
     Args:
-        answers: by row, as :func:`answered` has put them into the batch.
+        batch: as :func:`answered` gives it.
         response: of that batch.
-        labels: of that batch, ``[batch, length]``.
         alpha: weight of the divergence at all other tokens.
     """
+    answers, labels = batch["rollouts"], batch["labels"]
     rows = response.positions.cpu() // labels.shape[1]
     samples, own = torch.zeros(2, len(labels), dtype=torch.bool)
     for row, answer in answers.items():
@@ -160,7 +202,12 @@ def rollout_tokens(answers: Mapping[int, Answer], response: Response, labels: Te
     places = [mask.nonzero().flatten() for mask in (new, ~new, own[rows])]
     lengths = torch.tensor([float(len(answer.tokens)) for answer in answers.values()])
     cut = torch.tensor([float(answer.cut) for answer in answers.values()])
-    return RolloutTokens(*(tensor.to(labels.device) for tensor in (samples, weights, *places, lengths, cut)))
+    aligned = torch.zeros(0)
+    if "aligned" in batch:
+        of_answers = [batch["aligned"][row, len(a.prompt) :][: len(a.tokens)] for row, a in answers.items()]
+        aligned = (torch.cat(of_answers) != NONE).float()
+    found = (samples, weights, *places, lengths, cut, aligned)
+    return RolloutTokens(*(tensor.to(labels.device) for tensor in found))
 
 
 def up_to_the_end(tokens: Sequence[int], ends: Sequence[int], length: int) -> tuple[list[int], bool]:

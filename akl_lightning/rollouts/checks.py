@@ -9,7 +9,7 @@ from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.rollouts.draw import Rollouts
-from akl_lightning.teachers.aligned import AlignedTeacher
+from akl_lightning.teachers.aligned import inner_of
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -30,15 +30,10 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     off = "set on_policy.share to 0"
     if teacher is None:
         raise UsageError(f"rollouts are scored by a teacher and there is none: give model.teacher, or {off}.")
-    if isinstance(teacher, CachedTeacher):
+    if isinstance(inner_of(teacher), CachedTeacher):
         raise UsageError(
             "a cached teacher cannot score rollouts, which it has not seen: give model.teacher the model itself, or "
             f"{off}."
-        )
-    if isinstance(teacher, AlignedTeacher):
-        raise UsageError(
-            "a teacher with a tokenizer of its own does not score rollouts, whose texts are not aligned for it: give a "
-            f"teacher of the student's tokenizer, or {off}."
         )
     if getattr(module.student.config, "is_encoder_decoder", False):
         raise UsageError(

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
-from akl_lightning.batch import Batch, Response
+from akl_lightning.batch import KEYS, OF_TEACHER, Batch, Response
 from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
 from akl_lightning.data.spread import spread
 from akl_lightning.errors import UsageError
@@ -21,11 +21,14 @@ from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.metrics import TokenMean
 from akl_lightning.parallel import gather_objects
 from akl_lightning.projection import Logits, rows_of
+from akl_lightning.rollouts.aligned import sides_of
 from akl_lightning.rollouts.batches import Answer, RolloutTokens, Sample, answered, rollout_tokens, samples_of
 from akl_lightning.rollouts.off import OffPolicy
 from akl_lightning.rollouts.sampler import Sampler, Task
 from akl_lightning.rollouts.settings import OnPolicy
 from akl_lightning.rollouts.watch import Watch, add_rollout_metrics, statistics_of
+from akl_lightning.teachers.aligned import AlignedTeacher, tokenizers_of, weights_of
+from akl_lightning.tokenizers.alignment import NONE
 
 if TYPE_CHECKING:
     from akl_lightning.module import DistillationModule
@@ -126,12 +129,23 @@ class Rollouts(OffPolicy):
                 self._ahead = Ahead(epoch, until, by_task)
             found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
         self._clock = Clock(arrived, self._now() - begun, sampled)
-        return answered(batch, found, self.sampler.pad, self.module.criterion.ignore_index)
+        return self._answered(batch, found, watch=True)
+
+    def _answered(self, batch: Batch, found: dict[int, Answer], watch: bool = False) -> dict[str, Any]:
+        """The batch with answers, which a teacher with another tokenizer is given in its own tokens."""
+        ignore_index, teacher, sides = self.module.criterion.ignore_index, self.module.teacher, {}
+        if isinstance(teacher, AlignedTeacher) and "teacher_turn" in batch:
+            sides, longest = sides_of(batch, found, teacher.pairing), teacher.pairing.longest
+            if watch and sides:
+                counts = [(len(side.aligned) - side.aligned.count(NONE), len(side.aligned)) for side in sides.values()]
+                beyond = sum(len(side.input_ids) == longest or not side.spans for side in sides.values())
+                self.watch.look_at_aligned(counts, beyond, longest)
+        return answered(batch, found, self.sampler.pad, ignore_index, sides)
 
     def prepare(self, batch: Batch, response: Response) -> dict[str, Any]:
         if "rollouts" not in batch:
             return {}
-        return {"rollouts": rollout_tokens(batch["rollouts"], response, batch["labels"], self.module.criterion.alpha)}
+        return {"rollouts": rollout_tokens(batch, response, self.module.criterion.alpha)}
 
     def _sample(self, tasks: list[Task]) -> list[Answer]:
         self.broken_off = True
@@ -188,6 +202,21 @@ class Rollouts(OffPolicy):
             tasks += self._chosen(samples, step + (place - here) // per_step).values()
         return tasks, step - (here - end) // per_step
 
+    def check_data(self, data: object, stage: str) -> None:
+        """Check a data module before anything is done with the data.
+
+        Raises:
+            UsageError: the teacher is to answer, and has another tokenizer.
+        """
+        wish, (own, here) = self.settings.responses_from, tokenizers_of(self.module, facts_of(data))
+        if wish == "student" or own is None or here is None or stage not in ("fit", "validate"):
+            return
+        if own.get_vocab() != here.get_vocab():
+            raise UsageError(
+                f"on_policy.responses_from {wish} needs a teacher of the student's tokenizer, and this one answers in "
+                "tokens of its own: set it to student, or write the teacher's answers with akl generate first."
+            )
+
     def start(self) -> None:
         """Check what is known only when a run has its loaders.
 
@@ -221,14 +250,16 @@ class Rollouts(OffPolicy):
         """What a batch costs: its rollouts with a divergence of their own, where there is one."""
         rollouts: RolloutTokens | None = batch.get("rollouts")
         if rollouts is None:
-            return module.compare(student, teacher, labels)
+            return super().compare(module, batch, student, teacher, labels)
+        weights = weights_of(batch, rollouts.alpha)  # rollouts have no labels but where they are aligned
         own: DistillationCriterion | None = getattr(module, "rollout_criterion", None)
         if own is None:
-            return module.compare(student, teacher, labels, rollouts.alpha)
+            return module.compare(student, teacher, labels, **{"alpha": rollouts.alpha} | weights)
         assert teacher is not None
+        of_others = {name: weight[rollouts.others] for name, weight in weights.items()}
         parts = [
-            compare(rows_of(student, places), rows_of(teacher, places), labels[places])
-            for compare, places in ((own, rollouts.places), (module.compare, rollouts.others))
+            compare(rows_of(student, places), rows_of(teacher, places), labels[places], **more)
+            for compare, places, more in ((own, rollouts.places, {}), (module.compare, rollouts.others, of_others))
         ]
         order = torch.cat([rollouts.places, rollouts.others])
         statistics = {}
@@ -244,7 +275,8 @@ class Rollouts(OffPolicy):
         self.watch.add_entropy(found["rollout_entropy"])
         # What the student itself has said has no cross entropy.
         others = batch["rollouts"].others
-        return found | {name: statistics[name][others] for name in ("cross_entropy", "bytes") if name in statistics}
+        found |= {name: statistics[name][others] for name in ("cross_entropy", "bytes") if name in statistics}
+        return found | ({"data_aligned": statistics["aligned"][others]} if "aligned" in statistics else {})
 
     def end_batch(self) -> None:
         """Count the time that a batch has taken, and note where the loader is behind a whole step."""
@@ -290,14 +322,14 @@ class Rollouts(OffPolicy):
             batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
             wanted: how many.
         """
-        names = [name for name in ("input_ids", "attention_mask", "labels", "turn", "index") if name in batch]
+        names = [name for name in (*KEYS, "turn", "index", *OF_TEACHER) if name in batch]
         few = {name: batch[name][:wanted] for name in names}
         ignore_index, room = self.module.criterion.ignore_index, self.sampler.room
         tasks = self._chosen(samples_of(few, ignore_index), VALIDATION, share=1.0)
         tasks = {row: task for row, task in tasks.items() if room is None or len(task.prompt) <= room}
         found = dict(zip(tasks, self.sampler.sample(list(tasks.values()), "student"), strict=True))
         few["labels"] = torch.full_like(few["labels"], ignore_index)
-        few = answered(few, found, self.sampler.pad, ignore_index)
+        few = self._answered(few, found)
         return {name: few[name] for name in names}
 
     def end_validation(self) -> None:

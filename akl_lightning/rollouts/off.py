@@ -28,6 +28,9 @@ class OffPolicy:
     def outline(self, mesh: DeviceMesh | None) -> None:
         """Note what the student looks like before it is sharded."""
 
+    def check_data(self, data: object, stage: str) -> None:
+        """Check a data module before anything is done with the data."""
+
     def start(self) -> None:
         """Check what is known only when a run has its loaders."""
 

@@ -14,7 +14,8 @@ class OnPolicy:
     """Fresh responses in place of the data's, for some samples of every optimizer step.
 
     A rollout has no cross entropy, as its labels are the student's own tokens: it counts with ``alpha = 1``. The first
-    end token is learnt and nothing behind it; a rollout that was cut off learns no end.
+    end token is learnt and nothing behind it; a rollout that was cut off learns no end. Of a teacher with another
+    tokenizer, the tokens that are aligned with the teacher's are learnt alone.
 
     Args:
         share: of the samples of every optimizer step, in [0, 1]; which ones depends on seed, step and sample, not on
@@ -24,7 +25,7 @@ class OnPolicy:
             batches, slightly off-policy. More than 1 needs the package's own data module.
         divergence: of rollouts; None for the criterion's own.
         responses_from: who answers: the student, the teacher (sequence-level distillation without a file), or mix, for
-            each rollout one of the two.
+            each rollout one of the two. A teacher with another tokenizer does not answer.
         turns: which assistant turn of a conversation is answered anew, what follows it is left out.
         engine: samples; None for :class:`~akl_lightning.rollouts.ContinuousBatching` on CUDA and
             :class:`~akl_lightning.rollouts.GenerateEngine` elsewhere.

@@ -7,17 +7,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from akl_lightning.metrics import TokenMean
+from akl_lightning.metrics import AlignedShare, TokenMean
 from akl_lightning.rollouts.batches import RolloutTokens
 
 WINDOW = 64
 """Rollouts that a warning looks back on."""
 
-_SHORT, _SURE = 0.2, 0.05
+_SHORT, _SURE, _APART = 0.2, 0.05, 0.2
 
 MEANS = ("length", "cut", "entropy", "divergence", "top1_agreement")
 """Logged as ``train/rollout_…``; ``entropy`` is the mean of minus the log probability that the student gives to the
-tokens that it has drawn, an unbiased estimate of its entropy where temperature and top-p are 1."""
+tokens that it has drawn, an unbiased estimate of its entropy where temperature and top-p are 1. With a teacher of
+another tokenizer, all but the first two are of the tokens that are aligned, whose share is ``rollout_aligned``."""
 
 
 class Ratio(Metric):
@@ -62,6 +63,7 @@ def add_rollout_metrics(train: MetricCollection) -> None:
     a device.
     """
     train.add_metrics({f"rollout_{name}": TokenMean(f"rollout_{name}") for name in MEANS})
+    train.add_metrics({"rollout_aligned": AlignedShare("rollout_aligned")})
     train.add_metrics({"sampling_share": Ratio("sampling_seconds", "seconds")})
     train.add_metrics({"sampling_tokens_per_second": Ratio("sampled_tokens", "sampling_seconds")})
 
@@ -71,6 +73,7 @@ def statistics_of(rollouts: RolloutTokens, statistics: dict[str, Tensor]) -> dic
     return {
         "rollout_length": rollouts.lengths,
         "rollout_cut": rollouts.cut,
+        "rollout_aligned": rollouts.aligned,
         "rollout_entropy": statistics["cross_entropy"][rollouts.own],
         "rollout_divergence": statistics["divergence"][rollouts.places],
         "rollout_top1_agreement": statistics["top1_agreement"][rollouts.places],
@@ -88,16 +91,19 @@ class Watch:
         self._lengths: list[int] = []
         self._cut: list[bool] = []
         self._entropies: list[tuple[Tensor, int]] = []
+        self._aligned: list[tuple[int, int]] = []
         self._start: float | None = None
         self._said: list[str] = []
 
     def state(self) -> dict[str, Any]:
         """What a run that goes on has to know."""
-        return {"lengths": self._lengths, "cut": self._cut, "start": self._start, "said": self._said}
+        seen = {"lengths": self._lengths, "cut": self._cut, "aligned": self._aligned}
+        return {**seen, "start": self._start, "said": self._said}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on."""
         self._lengths, self._cut = list(state["lengths"]), list(state["cut"])
+        self._aligned = [(aligned, tokens) for aligned, tokens in state.get("aligned", ())]  # there is none in old ones
         self._start, self._said = state["start"], list(state["said"])
 
     def add_entropy(self, of_tokens: Tensor) -> None:
@@ -145,6 +151,30 @@ class Watch:
                     "nothing new to be corrected on; lower the learning rate, raise on_policy.decoding.temperature, or "
                     "give a smaller on_policy.share.",
                 )
+
+    def look_at_aligned(self, aligned: list[tuple[int, int]], beyond: int, positions: int | None) -> None:
+        """Look at rollouts that a teacher with another tokenizer has read.
+
+        Args:
+            aligned: of each, how many of its tokens are aligned, and of how many.
+            beyond: how many of them fill the teacher's positions, or find none.
+            positions: of the teacher; None for any number.
+        """
+        self._aligned = (self._aligned + aligned)[-WINDOW:]
+        if beyond:
+            self._say(
+                "beyond",
+                f"{beyond:,} of {len(aligned):,} rollouts fill the {positions:,} positions of the teacher with its own "
+                "tokens, what lies behind is not learnt: lower on_policy.decoding.max_new_tokens.",
+            )
+        found, tokens = (sum(numbers) for numbers in zip(*self._aligned, strict=True))
+        if len(self._aligned) == WINDOW and found < _APART * tokens:
+            self._say(
+                "apart",
+                f"of the {tokens:,} tokens of the last {WINDOW} rollouts only {found:,} are aligned with the "
+                "teacher's, the others are not learnt: the student says half characters or special tokens, behind "
+                "which nothing is aligned; train off-policy first, or give a smaller on_policy.decoding.temperature.",
+            )
 
     def _say(self, what: str, sentence: str) -> None:
         if what not in self._said:

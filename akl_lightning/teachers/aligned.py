@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.batch import Batch, teacher_side
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.aligned import Pairing
-from akl_lightning.data.facts import data_of, facts_of, facts_of_run
+from akl_lightning.data.facts import DataFacts, data_of, facts_of, facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.kernels.classes import Classes
 from akl_lightning.metrics import OF_STUDENT
@@ -121,6 +121,11 @@ class AlignedTeacher(Teacher):
         found = [(of_output == number).nonzero().flatten() for number in classes.cpu()]
         return [int(own[lengths[own].argmin()]) if len(own) else 0 for own in found]
 
+    def classes_of(self, tokens: Tensor) -> Tensor:
+        """The number of the class that each of some of the student's tokens is in."""
+        classes = self.classes.to(tokens.device)
+        return classes.numbers[classes.student.of_output[tokens]]
+
     def release(self) -> None:
         self.teacher.release()
 
@@ -144,6 +149,21 @@ class AlignedTeacher(Teacher):
 # What the module asks
 
 
+def inner_of(teacher: Teacher | None) -> Teacher | None:
+    """The teacher that an :class:`AlignedTeacher` gives its tokens to; any other one itself."""
+    return teacher.teacher if isinstance(teacher, AlignedTeacher) else teacher
+
+
+def tokenizers_of(
+    module: "DistillationModule", facts: DataFacts
+) -> tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]:
+    """Those of a module's teacher and of the data that it runs on, each None where it is not known."""
+    inner, own = inner_of(module.teacher), facts.teacher_tokenizer or module.model_tokenizers["teacher"]
+    if own is None and inner is not None:
+        own = inner.tokenizer
+    return own, facts.tokenizer or module.model_tokenizers["student"]
+
+
 def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | None:
     """The module's teacher, made an :class:`AlignedTeacher` where its tokenizer is not that of the data.
 
@@ -154,12 +174,9 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     Raises:
         UsageError: they are not to be aligned, or cannot be.
     """
-    teacher, facts = module.teacher, facts_of_run(module.trainer)
-    inner = teacher.teacher if isinstance(teacher, AlignedTeacher) else teacher
-    own = facts.teacher_tokenizer or module.model_tokenizers["teacher"]
-    if own is None and inner is not None:
-        own = inner.tokenizer
-    here = facts.tokenizer or module.model_tokenizers["student"]
+    teacher, inner = module.teacher, inner_of(module.teacher)
+    facts = facts_of_run(module.trainer)
+    own, here = tokenizers_of(module, facts)
     if inner is None or own is None or here is None or own.get_vocab() == here.get_vocab():
         if facts.pairing is not None:  # for a teacher before
             data_of(module.trainer).pairing = None
@@ -226,7 +243,7 @@ def read_by_teacher(
     return facts.tokenizer, template, facts.max_length
 
 
-def weights_of(batch: Batch, alpha: float) -> dict[str, Tensor]:
+def weights_of(batch: Batch, alpha: float | Tensor) -> dict[str, Tensor]:
     """The weight of the divergence at each response token, where it is not the same at all: 0 where none is aligned."""
     if "is_aligned" not in batch:  # a subclass may know nothing of weights
         return {}

@@ -18,8 +18,9 @@ class Side:
     """
 
     def __init__(self, tokenizer: TokenBytes, tokens: Sequence[int], ends: Collection[int]) -> None:
-        # Behind the end a template may have more, and an end that is an ordinary token is text.
-        self.end = next((i for i, token in enumerate(tokens) if token in ends and tokenizer.of(token) is None), None)
+        # Behind the end a template may have more. One that is an ordinary token may be text, but for the last.
+        found = (i for i, token in enumerate(tokens) if token in ends and tokenizer.of(token) is None)
+        self.end = next(found, len(tokens) - 1 if len(tokens) and tokens[-1] in ends else None)
         """Number of the token that ends the response, or None where it is cut."""
         said = [tokenizer.of(token) or GAP for token in tokens[: self.end]]
         self.body = b"".join(said)
@@ -66,12 +67,39 @@ def align(student: Side, teacher: Side, text: str) -> list[int] | None:
             break
     else:
         return None
-    places = {begin - of_teacher: number for number, begin in enumerate(teacher.begins)}
-    aligned = [
-        places.get(begin - of_student, NONE) if 0 <= begin - of_student < len(said) else NONE
-        for begin in student.begins
-    ]
+    begun = teacher.find(text.strip().encode())
+    if student.end is None and begun is not None:  # what is left of the text may be said in it again
+        first = teacher.body.find(said, max(begun, 0))
+        of_teacher = first if first >= 0 else of_teacher
+    return _aligned(student, teacher, (of_student, of_teacher), len(said) - 1, True)
+
+
+def align_from(student: Side, teacher: Side, begins: tuple[int, int]) -> list[int]:
+    """:func:`align`, from some byte of either on, as far as both say the same.
+
+    The first token that says something else is aligned, too: up to it, both have read the same. So is the one behind
+    what the teacher says, if that ends.
+
+    Args:
+        student: its tokens.
+        teacher: likewise.
+        begins: the byte of either.
+    """
+    rests = [side.body[begin:] for side, begin in zip((student, teacher), begins, strict=True)]
+    last = next(
+        (place for place, both in enumerate(zip(*rests, strict=False)) if len({*both}) > 1), min(map(len, rests))
+    )
+    return _aligned(student, teacher, begins, last, last == max(map(len, rests)))
+
+
+def _aligned(student: Side, teacher: Side, begins: tuple[int, int], last: int, whole: bool) -> list[int]:
+    """Those up to a last byte, and those that end a response where all of it is the same."""
+    places = {begin - begins[1]: number for number, begin in enumerate(teacher.begins)}
+    if teacher.end is not None:
+        places[len(teacher.body) - begins[1]] = teacher.end
+    offsets = (begin - begins[0] for begin in student.begins)
+    aligned = [places.get(offset, NONE) if 0 <= offset <= last else NONE for offset in offsets]
     aligned += [NONE] * (student.length - len(aligned))
-    if student.end is not None and teacher.end is not None:
+    if whole and student.end is not None and teacher.end is not None:
         aligned[student.end] = teacher.end
     return aligned

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.module import DistillationModule
+from akl_lightning.rollouts import OnPolicy, Sampling
 from tests.conftest import QUIET, gpt2
 from tests.distributed.training import OPTIMIZERS, apart, data_of, launch, prepare, whole_state
 from tests.tokenizers.tiny import byte_level
@@ -27,15 +28,18 @@ def folder(tmp_path: Path, tokenizer: Any) -> Path:
 
 def train(folder: Path, name: str, ranks: int, checkpoint: str | None = None, **settings: Any) -> Trainer:
     """Steps of eight samples, however many ranks share them."""
+    on_policy = OnPolicy(0.6, Sampling(6), validation_samples=0) if settings.pop("on_policy", False) else None
     module = DistillationModule(
-        str(folder / "student"), str(folder / "other"), optimizer=OPTIMIZERS["sgd"], packing=ranks > 1
-    )
+        str(folder / "student"), str(folder / "other"), optimizer=OPTIMIZERS["sgd"], packing=ranks > 1,
+        on_policy=on_policy,
+    )  # fmt: skip
     flags = {**QUIET, "max_epochs": 2, "devices": ranks, "accumulate_grad_batches": 2 // ranks, "logger": False}
     trainer = Trainer(**{**flags, **settings})
     trainer.fit(module, data_of(folder, batch_size=4), ckpt_path=checkpoint)
     state = whole_state(trainer)
     if trainer.is_global_zero:
-        means = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        kept = ("val/", "train/rollout")
+        means = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(kept)}
         torch.save({"weights": state, "means": means}, folder / f"{name}.pt")
     return trainer
 
@@ -52,14 +56,15 @@ class Breaks(Callback):
             raise RuntimeError("broken off")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(folder: Path, strategy: str) -> None:
-    train(folder, "one", 1)
-    launch(of_rank, partial(train, strategy=strategy), folder, "two", 2)
+@pytest.mark.parametrize(("strategy", "on_policy"), [("ddp", False), ("fsdp2", False), ("ddp", True), ("fsdp2", True)])
+def test_two_processes_train_as_one(folder: Path, strategy: str, on_policy: bool) -> None:
+    train(folder, "one", 1, on_policy=on_policy)
+    launch(of_rank, partial(train, strategy=strategy, on_policy=on_policy), folder, "two", 2)
     one, two = (torch.load(folder / f"{name}.pt") for name in ("one", "two"))
     assert apart(two["weights"], one["weights"]) < 1e-5
     assert two["means"] == pytest.approx(one["means"], rel=1e-4)
     assert 0 < two["means"]["val/aligned"] < 1
+    assert not on_policy or 0 < two["means"]["train/rollout_aligned"] < 1
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_never_broken_off(folder: Path) -> None:

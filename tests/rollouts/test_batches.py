@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from akl_lightning.batch import Response
+from akl_lightning.data.aligned import TeacherSide
 from akl_lightning.errors import UsageError
 from akl_lightning.rollouts.batches import Answer, answered, rollout_tokens, samples_of, up_to_the_end
 
@@ -65,13 +66,44 @@ def test_which_tokens_are_rollouts_and_what_they_weigh() -> None:
     labels = batch["labels"]
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
     positions = (following != -100).nonzero().flatten()
-    found = rollout_tokens(answers, Response(positions, following[positions]), labels, 0.25)
+    found = rollout_tokens(batch, Response(positions, following[positions]), 0.25)
     assert following[positions].tolist() == [7, 8, 0, 1, 2, 0]
     assert found.samples.tolist() == [False, True, True]
     assert found.alpha.tolist() == [0.25] * 3 + [1.0] * 3
     assert found.places.tolist() == [3, 4, 5] and found.others.tolist() == [0, 1, 2]
     assert found.own.tolist() == [3, 4]  # the other one is the teacher's
-    assert found.lengths.tolist() == [2, 1] and found.cut.tolist() == [1, 0]
+    assert found.lengths.tolist() == [2, 1] and found.cut.tolist() == [1, 0] and not len(found.aligned)
+
+
+def test_a_teacher_with_another_tokenizer_reads_its_own_tokens() -> None:
+    teacher = {
+        "teacher_input_ids": torch.tensor([[30, 31, 32, 33], [40, 41, 42, 0], [50, 51, 0, 0]]),
+        "teacher_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]),
+        "teacher_labels": torch.tensor([[-100, -100, 32, 33], [-100, 41, 42, -100], [-100] * 4]),
+        "teacher_turn": torch.tensor([[-1, -1, 0, 0], [-1, 0, 0, -1], [-1] * 4]),
+        "aligned": torch.tensor([[-1, -1, 2, -1, 3], [-1, -1, 1, 2, -1], [-1] * 5]),
+    }
+    answers = {1: Answer([9, 9], [1, 2, 3, 0], False, True, 0), 2: Answer([3, 2], [8], True, True)}
+    sides = {
+        1: TeacherSide([40, 61, 62, 63, 64], [(1, 5)], [1, -1, 3, 4], [-1]),
+        2: TeacherSide([70], [(0, 1)], [0], [-1]),  # nothing predicts the first token
+    }
+    batch = answered({**BATCH, **teacher}, answers, 0, -100, sides)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0, 0], [9, 9, 1, 2, 3, 0], [3, 2, 8, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, 0, -100], [-100, -100, 1, -100, 3, 0], [-100] * 6]
+    assert batch["aligned"].tolist() == [[-1, -1, 2, -1, 3, -1], [-1, -1, 1, -1, 3, 4], [-1] * 6]
+    assert batch["teacher_input_ids"].tolist() == [[30, 31, 32, 33, 0], [40, 61, 62, 63, 64], [70, 0, 0, 0, 0]]
+    assert batch["teacher_attention_mask"].sum(1).tolist() == [4, 5, 1]
+    assert batch["teacher_labels"].tolist() == [
+        [-100, -100, 32, 33, -100],
+        [-100, 61, 62, 63, 64],
+        [70, -100, -100, -100, -100],
+    ]
+    assert batch["teacher_turn"].tolist() == [[-1, -1, 0, 0, -1], [-1, 0, 0, 0, 0], [-1] * 5]
+    positions = (torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten() != -100).nonzero()[:, 0]
+    found = rollout_tokens(batch, Response(positions, batch["labels"].flatten()[positions + 1]), 0.25)
+    assert found.alpha.tolist() == [0.25] * 3 + [1.0] * 3
+    assert found.aligned.tolist() == [1, 0, 1, 1, 0] and found.lengths.tolist() == [4, 1]
 
 
 def test_nothing_is_learnt_behind_the_first_end_and_a_cut_answer_has_none() -> None:

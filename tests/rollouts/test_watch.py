@@ -46,6 +46,20 @@ def test_a_student_that_is_sure_of_itself_is_said() -> None:
         watch.look([5], [False])
 
 
+def test_rollouts_that_the_teacher_does_not_stand_beside_are_said() -> None:
+    watch, other, older = Watch(), Watch(), Watch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch.look_at_aligned([(2, 10)] * WINDOW, 0, 100)  # exactly a fifth
+        other.load(watch.state())
+        older.load({name: value for name, value in watch.state().items() if name != "aligned"})
+        older.look_at_aligned([(0, 10)], 0, None)
+    with pytest.warns(UserWarning, match="of the 640 tokens of the last 64 rollouts only 126 are aligned"):
+        other.look_at_aligned([(0, 10)], 0, None)
+    with pytest.warns(UserWarning, match="2 of 3 rollouts fill the 1,024 positions of the teacher.*max_new_tokens"):
+        other.look_at_aligned([(5, 10)] * 3, 2, 1024)
+
+
 def test_a_run_that_goes_on_knows_where_it_began() -> None:
     watch, other = Watch(), Watch()
     watch.look([40] * WINDOW, [False] * WINDOW)

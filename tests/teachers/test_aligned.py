@@ -8,8 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tokenizers import normalizers
@@ -32,7 +34,7 @@ from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.tokenizers.bytes import TokenBytes
 from akl_lightning.tokenizers.classes import Vocabulary, partition
 from tests.conftest import QUIET, gpt2, write
-from tests.tokenizers.tiny import END, byte_level
+from tests.tokenizers.tiny import END, byte_level, sentencepiece
 
 MERGES = ["t h", "th e", "Ġ a", "o n", "n e"]
 
@@ -409,19 +411,134 @@ def test_a_response_that_is_known_by_its_tokens_alone_has_a_teachers_side(
 ) -> None:
     pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(teacher_tokenizer, "plain"))
     end, prompt = teacher_tokenizer.eos_token_id, [7, 8, 9]
+    prompts = student_tokenizer("x\n").input_ids, prompt
     ids = [*student_tokenizer("the a the").input_ids, student_tokenizer.eos_token_id]
     # the| a| |the|END and t|he| |a| t|he|STOP
-    side = pairing.response(prompt, ids, end)
-    assert side is not None and side.input_ids == [*prompt, *teacher_tokenizer("the a the").input_ids, end]
+    side = pairing.response(prompts, ids)
+    assert side.input_ids == [*prompt, *teacher_tokenizer("the a the").input_ids, end]
     assert side.spans == [(3, 10)] and side.aligned == [3, 5, 7, -1, 9]
-    cut = pairing.response(prompt, ids[:-1], end)
-    assert cut is not None and cut.input_ids[-1] != end and cut.aligned == side.aligned[:-1]
-    nothing = pairing.response(prompt, ids[-1:], end)
-    assert nothing is not None and nothing == TeacherSide([*prompt, end], [(3, 4)], [3])
-    # Half a character, and a special token in the middle.
-    half = student_tokenizer("a👍").input_ids[:-2]
-    side = pairing.response(prompt, half, end)
-    assert side is not None and side.input_ids == [*prompt, *teacher_tokenizer("a").input_ids] and side.aligned[0] == 3
+    cut = pairing.response(prompts, ids[:-1])
+    assert cut.input_ids == side.input_ids[:-1] and cut.aligned == side.aligned[:-1]
+    assert pairing.response(prompts, ids[-1:]) == TeacherSide([*prompt, end], [(3, 4)], [3], [-1])
+
+
+def test_a_response_is_aligned_up_to_what_is_no_text(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(teacher_tokenizer, "plain"))
+    end, prompts = teacher_tokenizer.eos_token_id, (student_tokenizer("x\n").input_ids, [7, 8, 9])
+    said = [7, 8, 9, *teacher_tokenizer("a").input_ids, end]
+    # Half a character: the teacher says of its first byte that something else was to come, of the others nothing.
+    thumb = student_tokenizer("👍").input_ids
+    for half in ([*thumb[:-2]], [*thumb[:-2], *student_tokenizer("the").input_ids, student_tokenizer.eos_token_id]):
+        side = pairing.response(prompts, [*student_tokenizer("a").input_ids, *half])
+        assert side.input_ids == said and side.aligned == [3, 4, *[-1] * (len(half) - 1)]
+    # A whole one is a text.
+    side = pairing.response(prompts, [*student_tokenizer("a").input_ids, *thumb])
+    assert side.input_ids == [7, 8, 9, *teacher_tokenizer("a👍").input_ids] and side.aligned == [3, 4, 5, 6, 7]
+    # A special token in the middle, which ends nothing.
+    more = byte_level(MERGES, [END, "<odd>"])
+    pairing = Pairing(Chat(more, "plain"), Chat(teacher_tokenizer, "plain"))
+    ids = [*more("a").input_ids, more.convert_tokens_to_ids("<odd>"), *more("the").input_ids, more.eos_token_id]
+    side = pairing.response((more("x\n").input_ids, [7, 8, 9]), ids)
+    assert side.input_ids == said and side.aligned == [3, 4, -1, -1]
+    # And nothing but that.
+    side = pairing.response((more("x\n").input_ids, [7, 8, 9]), ids[1:2])
+    assert side.input_ids == [7, 8, 9, end] and side.aligned == [3]
+
+
+ODD = byte_level(MERGES, [END, "<odd>"])
+OTHERS = (
+    byte_level(["h e", "Ġ t", "ð Ł"], ["<stop>"]),
+    sentencepiece(["▁", *"abcdefghijklmnopqrstuvwxyz"], ["▁ t", "h e"]),
+)
+PAIRINGS = [Pairing(Chat(ODD, "plain"), Chat(other, "plain")) for other in OTHERS]
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.lists(st.integers(0, len(ODD) - 1), min_size=1, max_size=12), st.sampled_from(PAIRINGS))
+def test_whatever_a_student_says_aligned_tokens_have_read_the_same(ids: list[int], pairing: Pairing) -> None:
+    ids = ids[: ids.index(ODD.eos_token_id) + 1] if ODD.eos_token_id in ids else ids
+    prompt = pairing.tokenizer("x\n").input_ids
+    side = pairing.response((ODD("x\n").input_ids, prompt), ids)
+    assert len(side.aligned) == len(ids) and side.input_ids[: len(prompt)] == prompt
+    for number, other in enumerate(side.aligned):
+        before = pairing.student.join(ids[:number])
+        if other >= 0:
+            assert pairing.teacher.join(side.input_ids[len(prompt) : other]) == before
+    places = [other for other in side.aligned if other >= 0]
+    assert places == sorted(set(places)) and side.aligned[0] == len(prompt)
+
+
+def test_what_looks_like_the_teachers_end_in_a_response_is_text(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(teacher_tokenizer, "plain"))
+    ids = [*student_tokenizer("a<stop>a").input_ids, student_tokenizer.eos_token_id]
+    side = pairing.response((student_tokenizer("x\n").input_ids, [7]), ids)
+    assert side.input_ids.count(teacher_tokenizer.eos_token_id) == 1
+    assert side.aligned[0] == 1 and side.aligned[-1] == len(side.input_ids) - 1 and -1 not in side.aligned[:3]
+
+
+def test_a_text_that_the_teacher_cannot_say_is_aligned_up_to_there(student_tokenizer: PreTrainedTokenizerFast) -> None:
+    composing = byte_level(["h e"], ["<stop>"])
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(composing, "plain"))
+    ids = [*student_tokenizer("the cafe\u0301 a").input_ids, student_tokenizer.eos_token_id]
+    side = pairing.response((student_tokenizer("x\n").input_ids, [7]), ids)
+    # the| |c|a|f|e|cc|81| a|END and t|he| |c|a|f|c3|a9| |a|STOP: behind "caf" they differ.
+    assert side.aligned == [1, 3, 4, 5, 6, 7, -1, -1, -1, -1]
+
+
+def test_a_response_is_cut_at_the_teachers_positions(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = [*student_tokenizer("the a the").input_ids, student_tokenizer.eos_token_id]
+    for longest, aligned in ((6, [3, 5, -1, -1, -1]), (3, [-1] * 5)):
+        pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(teacher_tokenizer, "plain"), longest)
+        side = pairing.response((student_tokenizer("x\n").input_ids, [7, 8, 9]), ids)
+        assert side.aligned == aligned and len(side.input_ids) == longest
+        assert side.spans == ([(3, 6)] if longest > 3 else [])
+
+
+THINKS = (
+    "{% for m in messages %}{{ m.role }}: {{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+    "<stop>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_what_a_template_writes_before_an_answer_is_written_before_a_response(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    teacher_tokenizer.chat_template = THINKS
+    pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(teacher_tokenizer))
+    assert pairing.chats[1].rendering.before == "<think></think>"
+    ids = [*student_tokenizer("the a").input_ids, student_tokenizer.eos_token_id]
+    side = pairing.response((student_tokenizer("x\n").input_ids, [7]), ids)
+    assert teacher_tokenizer.decode(side.input_ids[1:]) == "<think></think>the a<stop>"
+    first = 1 + len(teacher_tokenizer("<think></think>").input_ids)
+    assert side.aligned == [first, first + 2, first + 4]
+    # Of a student that says as much itself, the answer alone is the text.
+    other = byte_level(MERGES)
+    other.chat_template = THINKS.replace("<stop>", END)
+    pairing = Pairing(Chat(other), Chat(teacher_tokenizer))
+    ids = [*other("<think></think>the a").input_ids, other.eos_token_id]
+    again = pairing.response((other("x").input_ids, [7]), ids)
+    assert again.input_ids == side.input_ids and [at for at in again.aligned if at >= 0] == side.aligned
+
+
+def test_a_space_that_a_tokenizer_puts_before_each_text_is_none_of_a_response(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pieces = sentencepiece(["▁", "t", "h", "e", "a", "x", "\n"], ["▁ t", "h e"])
+    pairing = Pairing(Chat(student_tokenizer, "plain"), Chat(pieces, "plain"))
+    ids = [*student_tokenizer("the").input_ids, student_tokenizer.eos_token_id]
+    side = pairing.response((student_tokenizer("x\n").input_ids, [7]), ids)
+    # the|END and, behind a line, t|he|</s>
+    assert pieces.convert_ids_to_tokens(side.input_ids[1:]) == ["t", "he", END] and side.aligned == [1, 3]
+    pairing = Pairing(Chat(pieces, "plain"), Chat(teacher_tokenizer, "plain"))
+    side = pairing.response((pieces("x\n").input_ids, [7]), pieces.convert_tokens_to_ids(["t", "he", END]))
+    assert side.input_ids[1:] == teacher_tokenizer("the<stop>").input_ids and side.aligned == [1, 2, 3]
 
 
 def test_the_command_takes_the_students_tokenizer_and_says_what_is_compared(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from akl_lightning.tokenizers.alignment import NONE, Side, align
+from akl_lightning.tokenizers.alignment import NONE, Side, align, align_from
 from akl_lightning.tokenizers.bytes import TokenBytes
 from tests.tokenizers.tiny import END, byte_level, sentencepiece
 
@@ -78,6 +78,44 @@ def test_an_end_that_is_written_in_the_text_as_text_is_text() -> None:
     tokens = [token for piece in ("a<en", "d>b") for token in BYTES[id(STUDENT)].encode(piece)]
     student = Side(BYTES[id(STUDENT)], [*tokens, STUDENT.eos_token_id], [STUDENT.eos_token_id])
     assert align(student, side(TEACHER, text), text) == list(range(8))
+
+
+def test_an_end_that_is_an_ordinary_token_is_one_where_it_comes_last() -> None:
+    ordinary = byte_level(["t h"], [])
+    ordinary.add_tokens(["<over>"])
+    tokens, end = TokenBytes(ordinary, "model"), ordinary.convert_tokens_to_ids("<over>")
+    assert tokens.of(end) == b"<over>"
+    teacher = Side(tokens, [*tokens.encode("the"), end], [end])
+    assert align(side(STUDENT, "the"), teacher, "the") == [0, 1, 2]
+    assert Side(tokens, [end, *tokens.encode("the")], [end]).end is None
+
+
+def test_what_is_left_of_a_cut_response_is_found_where_it_begins() -> None:
+    # The student's template has left out "x:", and what is left of the rest comes again.
+    text = "x:the a the"
+    assert align(side(STUDENT, "the a the", cut=2), side(TEACHER, text, before="the"), text) == [4, NONE]
+
+
+@pytest.mark.parametrize(
+    ("mine", "yours", "expected"),
+    [
+        ("the a", "the a", [0, NONE, 2]),
+        ("the axe", "the b", [0, NONE, 2, NONE, NONE]),  # th|e| a|x|e and t|he| |b: behind "the " they differ
+        ("a", "ab", [0]),
+        ("ab", "a", [0, NONE]),
+        ("", "a", []),
+    ],
+)
+def test_two_texts_are_aligned_as_far_as_both_say_the_same(mine: str, yours: str, expected: list[int]) -> None:
+    assert align_from(side(STUDENT, mine, end=False), side(TEACHER, yours, end=False), (0, 0)) == expected
+    # Behind a lead of each, and with ends, which are aligned where all is the same; else the teacher's is what it says
+    # behind its last word.
+    student, teacher = side(STUDENT, mine, before="n"), side(TEACHER, yours, before="nx")
+    found = align_from(student, teacher, (1, 2))
+    moved = [NONE if number == NONE else number + 2 for number in expected]
+    if (mine, yours) == ("ab", "a"):
+        moved[1] = teacher.end
+    assert found == [NONE, *moved, teacher.end if mine == yours else NONE]
 
 
 @settings(max_examples=100, deadline=None)
