@@ -163,6 +163,12 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     if inner is None or own is None or here is None or own.get_vocab() == here.get_vocab():
         if facts.pairing is not None:  # for a teacher before
             data_of(module.trainer).pairing = None
+        for name in ("teacher_template", "teacher_template_arguments"):
+            if inner is not None and getattr(facts, name):
+                raise UsageError(
+                    f"data.{name} is for a teacher with another tokenizer, and this teacher's is the data's or not "
+                    "known: leave it out, or give data.teacher_tokenizer."
+                )
         return inner
     if getattr(inner, "top_k", None) is not None:
         raise UsageError(

@@ -204,6 +204,36 @@ def test_documents_are_aligned_block_by_block(
                 assert mine.join(row[:place].tolist())[skipped:] == yours.join(others[:other].tolist())
 
 
+def test_the_teachers_template_has_arguments_of_its_own(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str
+) -> None:
+    teacher_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ lead }}{{ m.content }}<stop>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ lead }}{% endif %}"
+    )
+    for arguments, lead in ((None, ""), ({"lead": "[]"}, "[]")):
+        data = data_of(student_tokenizer, corpus, teacher_template_arguments=arguments)
+        data.setup("fit")
+        data.align(teacher_tokenizer)
+        for row in data.splits["train"]:
+            asked, answer = (message["content"] for message in json.loads(row["messages"]))
+            assert teacher_tokenizer.decode(row["teacher_input_ids"]) == f"{asked}{lead}{answer}<stop>"
+            assert row["aligned"][0] == row["teacher_spans"][0]  # the answer's first token, behind all that
+    wrong = data_of(student_tokenizer, corpus, teacher_template_arguments={"led": "[]"})
+    wrong.setup("fit")
+    with pytest.raises(UsageError, match=r"teacher's tokenizer: data\.teacher_template_arguments has 'led', which"):
+        wrong.align(teacher_tokenizer)
+
+
+@pytest.mark.parametrize("setting", [{"teacher_template": "plain"}, {"teacher_template_arguments": {"a": 1}}])
+def test_a_template_for_a_teacher_that_reads_the_students_tokens_is_refused(
+    setting: dict[str, Any], student_tokenizer: PreTrainedTokenizerFast, corpus: str
+) -> None:
+    module = DistillationModule(*models(student_tokenizer, student_tokenizer))
+    with pytest.raises(UsageError, match=f"{next(iter(setting))} is for a teacher with another tokenizer"):
+        fitted(module, data_of(student_tokenizer, corpus, **setting))
+
+
 def test_what_lies_behind_the_teachers_positions_is_not_aligned(
     student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str
 ) -> None:
