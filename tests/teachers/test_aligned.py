@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from akl_lightning.kernels.classes import Classes
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Merged
 from akl_lightning.teachers.aligned import AlignedTeacher
+from akl_lightning.teachers.cache.format import open_shard
 from akl_lightning.tokenizers.bytes import TokenBytes
 from akl_lightning.tokenizers.classes import Vocabulary, partition
 from tests.conftest import QUIET, gpt2, write
@@ -386,6 +388,58 @@ def test_a_cache_holds_the_teachers_side(
     other = data_of(student_tokenizer, corpus, teacher_tokenizer=byte_level(["n o"], ["<stop>"]))
     with pytest.raises(UsageError, match="another tokenizer"):
         Trainer(**QUIET).validate(DistillationModule(student, cache), other, verbose=False)
+
+
+def rows_of_cache(path: Path) -> dict[bytes, list[bytes]]:
+    """What a cache holds of each sample, by its digest."""
+    found = {}
+    for file in path.glob("shard-*"):
+        shard = open_shard(file)
+        offsets = shard.pop("offsets").tolist()
+        for number, digest in enumerate(shard.pop("digests")):
+            rows = [shard[name][offsets[number] : offsets[number + 1]] for name in sorted(shard)]
+            found[digest.numpy().tobytes()] = [row.view(torch.uint8).numpy().tobytes() for row in rows]
+    return found
+
+
+def test_one_cache_serves_students_of_several_tokenizers(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path
+) -> None:
+    _, teacher = models(student_tokenizer, teacher_tokenizer)
+    other_tokenizer = byte_level(["e n", "Ġ o", "i n", "in g", "o r", "Ġ w"])
+    # Samples one by one, so that nothing depends on what they are padded to.
+    both = [
+        partial(data_of, tokenizer, corpus, teacher_tokenizer=teacher_tokenizer, batch_size=1, max_length=200)
+        for tokenizer in (student_tokenizer, other_tokenizer)
+    ]
+    caches = [write(teacher, tmp_path / f"cache{number}", data()) for number, data in enumerate(both)]
+    held = [rows_of_cache(tmp_path / f"cache{number}") for number in range(2)]
+    assert held[0] == held[1] and len(held[0]) == 36
+    # The second student's data add nothing to the first one's cache.
+    shards = sorted((tmp_path / "cache0").glob("shard-*"))
+    write(teacher, tmp_path / "cache0", both[1]())
+    assert sorted((tmp_path / "cache0").glob("shard-*")) == shards
+    student = gpt2(16, len(other_tokenizer), positions=256)
+    found = [
+        Trainer(**QUIET).validate(DistillationModule(copy.deepcopy(student), cache), both[1](), verbose=False)[0]
+        for cache in caches
+    ]
+    assert found[0] == found[1] and 0 < found[0]["val/aligned"] < 1
+    live = Trainer(**QUIET).validate(DistillationModule(student, teacher), both[1](), verbose=False)[0]
+    assert found[0] == pytest.approx(live, rel=2e-2) and found[0]["val/aligned"] == live["val/aligned"]
+
+
+def test_the_likeliest_tokens_of_another_tokenizer_are_refused_before_they_are_cached_and_after(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path
+) -> None:
+    student, teacher = models(student_tokenizer, teacher_tokenizer)
+    both = {"teacher_tokenizer": teacher_tokenizer}
+    with pytest.raises(UsageError, match="top_k keeps no more than the likeliest tokens of GPT2LMHeadModel"):
+        write(teacher, tmp_path / "cache", data_of(student_tokenizer, corpus, **both), top_k=4)
+    assert not list(tmp_path.glob("cache/shard-*"))
+    cache = write(teacher, tmp_path / "own", data_of(teacher_tokenizer, corpus), top_k=4)
+    with pytest.raises(UsageError, match="likeliest tokens of another tokenizer alone"):
+        fitted(DistillationModule(student, cache), data_of(student_tokenizer, corpus, **both))
 
 
 # --------------------------------------------------------------------------------------------------------------------
