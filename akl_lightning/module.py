@@ -232,7 +232,7 @@ class DistillationModule(LightningModule):
         response = response_of(batch, self.criterion)
         check_batch(self, batch)
         self.student.check_inputs(batch, "student")
-        prepared = {**batch, "response": response, "layout": lay_out(batch), **lengths(self.tokens, response.labels)}
+        prepared = {**batch, "response": response, "layout": lay_out(batch), **lengths(self.tokens, batch, response)}
         prepared |= self.rollouts.prepare(batch, response)
         if self.student.packing:
             prepared["packed"] = pack(batch)

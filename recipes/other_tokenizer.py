@@ -86,6 +86,14 @@ def write_pairs(output: Path, train_size: int, held_out: int) -> Path:
     return folder
 
 
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Note how a command was started the first time, and refuse to go on otherwise."""
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists() and json.loads(path.read_text()) != settings:
+            raise UsageError(f"{path.parent} holds what was made with other settings: give another --output.")
+        path.write_text(json.dumps(settings))
+
+
 def texts_of(folder: Path, name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
@@ -170,20 +178,42 @@ PARTITIONS = {"rest": shared_and_rest, "prefix": longest_prefix, "classes": part
 # The error of each way, by sampled texts
 
 
+Place = tuple[list[int], list[int], list[int]]
+"""A prompt, the beginning of its response, and what follows on that in the data, all in the teacher's tokens."""
+
+
 @torch.no_grad()
-def continuations(model: Any, context: Tensor, count: int, tokens: int) -> Tensor:
+def continuations(model: Any, context: Tensor, count: int, tokens: int, seed: int) -> Tensor:
     """Samples of a model's whole distribution, ``[count, tokens]``."""
-    output = model(input_ids=context[None], use_cache=True)
+    draw = torch.Generator(context.device).manual_seed(seed)
+    output = model(input_ids=context[None], use_cache=True, logits_to_keep=1)
     cache, logits, drawn = output.past_key_values, output.logits[:, -1].expand(count, -1), []
     cache.batch_repeat_interleave(count)
-    for _ in range(tokens):
-        drawn.append(torch.multinomial(logits.float().softmax(-1), 1))
+    while True:
+        drawn.append(torch.multinomial(logits.float().softmax(-1), 1, generator=draw))
+        if len(drawn) == tokens:
+            return torch.cat(drawn, 1)
         logits = model(input_ids=drawn[-1], past_key_values=cache, use_cache=True).logits[:, -1]
-    return torch.cat(drawn, 1)
 
 
-def places(chat: Chat, pairs: Sequence[dict[str, str]], count: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Prompts, beginnings of responses, and what follows on these in the data, all in the teacher's tokens."""
+def texts_behind(path: Path, model: Any, places: Sequence[Place], count: int, length: int) -> list[list[list[int]]]:
+    """The continuations at each place; a file keeps those that are done."""
+    path.touch()
+    whole = path.read_text().rpartition("\n")[0]  # without the one that a killed run had begun to write
+    done = [json.loads(line) for line in whole.splitlines()]
+    with path.open("a") as file:
+        file.truncate(len(whole) + 1 if whole else 0)
+        for number in tqdm(range(len(done), len(places)), "Positions", len(places), initial=len(done)):
+            prompt, begun, _ = places[number]
+            context = torch.tensor([*prompt, *begun], device=model.device)
+            done.append(continuations(model, context, count, length, number).tolist())
+            file.write(f"{json.dumps(done[-1])}\n")
+            file.flush()
+    return done
+
+
+def find_places(chat: Chat, pairs: Sequence[dict[str, str]], count: int) -> Iterator[Place]:
+    """One in each of some responses."""
     draw = random.Random(0)
     for pair in draw.sample(list(pairs), min(count, len(pairs))):
         messages = [{"role": "user", "content": pair["instruction"], "input": ""}]
@@ -233,18 +263,18 @@ def error(
         accelerator: cpu or cuda.
     """
     output.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "teacher": teacher, "positions": positions, "samples": samples, "length": length, "train_size": train_size,
+        "held_out": held_out,
+    }  # fmt: skip
+    check_settings(output / "error.json", settings)
     folder = write_pairs(output, train_size, held_out)
     tokenizer = load_tokenizer(teacher)
     model = load_causal_lm(teacher).eval().to(accelerator)
-    outputs = SplitModel(model).vocab_size
-    torch.manual_seed(0)
-    mine = vocabulary(tokenizer, outputs)
-    drawn = []
-    for prompt, begun, rest in tqdm(
-        list(places(Chat(tokenizer, TEMPLATE), texts_of(folder, "test"), positions)), "Positions"
-    ):
-        context = torch.tensor([*prompt, *begun], device=accelerator)
-        drawn.append((begun, rest, continuations(model, context, samples, length).cpu().tolist()))
+    mine = vocabulary(tokenizer, SplitModel(model).vocab_size)
+    places = list(find_places(Chat(tokenizer, TEMPLATE), texts_of(folder, "test"), positions))
+    texts = texts_behind(output / "texts.jsonl", model, places, samples, length)
+    drawn = [(begun, rest, of) for (_, begun, rest), of in zip(places, texts, strict=True)]
     rows = []
     for name in ("the teacher's own", *students):
         other = mine if name == "the teacher's own" else vocabulary(find_tokenizer(name, folder))
@@ -359,11 +389,7 @@ def train(
         "teacher": teacher, "train_size": train_size, "held_out": held_out, "epochs": epochs, "batch_size": batch_size,
         "lr": lr, "width": width, "layers": layers,
     }  # fmt: skip
-    path = output / "settings.json"
-    with FileLock(output / ".settings.lock"):
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise UsageError(f"{output} holds runs with other settings: give another --output.")
-        path.write_text(json.dumps(settings))
+    check_settings(output / "settings.json", settings)
     folder = write_pairs(output, train_size, held_out)
 
     def data(name: str, seed: int) -> InstructionDataModule:

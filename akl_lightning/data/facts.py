@@ -23,6 +23,12 @@ class DataFacts:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     """The teacher's, where it is given apart."""
 
+    teacher_template: str | None = None
+    """How samples are written for a teacher with another tokenizer."""
+
+    teacher_template_arguments: Any = None
+    """Variables of that template."""
+
     pairing: Any = None
     """How samples are aligned for a teacher with another tokenizer, :class:`akl_lightning.data.aligned.Pairing`."""
 

@@ -60,6 +60,7 @@ class InstructionData:
         trust_remote_code: run Python code that comes with the tokenizer.
         teacher_tokenizer: the teacher's, where it differs; only for one that does not lie beside the teacher.
         teacher_template: how samples are written for a teacher with another tokenizer, as for ``template``.
+        teacher_template_arguments: variables of that template, such as ``enable_thinking``.
 
     Raises:
         UsageError: a tokenizer, template or source that cannot be used, or no usable sample left.
@@ -88,6 +89,7 @@ class InstructionData:
         special_tokens_in_content: bool = False,
         teacher_tokenizer: PreTrainedTokenizerBase | str | None = None,
         teacher_template: str | None = None,
+        teacher_template_arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code) if isinstance(tokenizer, str) else tokenizer
@@ -98,6 +100,7 @@ class InstructionData:
             else teacher_tokenizer
         )
         self.teacher_template = teacher_template
+        self.teacher_template_arguments = teacher_template_arguments
         self.pairing: Pairing | None = None
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             if value < least:
@@ -145,11 +148,12 @@ class InstructionData:
             UsageError: it does not tell the bytes of its tokens, ends no response, or does not say the samples' texts.
         """
         if self.pairing is None or (self.pairing.tokenizer, self.pairing.longest) != (tokenizer, longest):
-            special = self.chat.special_tokens_in_content
+            arguments, special = self.teacher_template_arguments, self.chat.special_tokens_in_content
             try:
-                teacher = Chat(tokenizer, self.teacher_template, special_tokens_in_content=special)
-            except UsageError as error:
-                raise UsageError(f"of the teacher's tokenizer: {error}") from error
+                teacher = Chat(tokenizer, self.teacher_template, arguments, special_tokens_in_content=special)
+            except UsageError as error:  # which names the settings of the student's
+                said = str(error).replace("data.template", "data.teacher_template")
+                raise UsageError(f"of the teacher's tokenizer: {said}") from error
             pairing = Pairing(self.chat, teacher, longest)
             self.splits = align_splits(self.splits, pairing, self.num_workers)
             self.pairing = pairing

@@ -180,6 +180,12 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     if inner is None or own is None or here is None or own.get_vocab() == here.get_vocab():
         if facts.pairing is not None:  # for a teacher before
             data_of(module.trainer).pairing = None
+        for name in ("teacher_template", "teacher_template_arguments"):
+            if inner is not None and getattr(facts, name):
+                raise UsageError(
+                    f"data.{name} is for a teacher with another tokenizer, and this teacher's is the data's or not "
+                    "known: leave it out, or give data.teacher_tokenizer."
+                )
         return inner
     if getattr(inner, "top_k", None) is not None:
         raise UsageError(
@@ -220,7 +226,7 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
 
 
 def read_by_teacher(
-    teacher: Teacher, name: str, data: Any
+    teacher: Teacher, name: str, data: Any, top_k: int | None = None
 ) -> tuple[PreTrainedTokenizerBase | None, dict[str, str] | None, int | None]:
     """What a teacher that is to be cached reads of the data, which are aligned for it where it has another tokenizer.
 
@@ -228,13 +234,23 @@ def read_by_teacher(
         teacher: the teacher.
         name: where its tokenizer may lie.
         data: a data module, set up, or loaders.
+        top_k: how many of the likeliest tokens are to be cached, or None for hidden states.
 
     Returns:
         Its tokenizer; name and digest of its template; tokens of its longest sample. Each None where it is not known.
+
+    Raises:
+        UsageError: it has another tokenizer, of which the likeliest tokens alone are to be cached.
     """
     facts = facts_of(data)
     own, here = facts.teacher_tokenizer or tokenizer_of(name), facts.tokenizer
     if own is not None and here is not None and own.get_vocab() != here.get_vocab() and hasattr(data, "align"):
+        if top_k is not None:
+            raise UsageError(
+                f"top_k keeps no more than the likeliest tokens of {teacher.description}, which has another tokenizer "
+                "than the data's, and these cannot be merged into classes: cache hidden states, or give the data the "
+                "teacher's tokenizer."
+            )
         chat = data.align(own, teacher.longest).chats[1]
         return own, {"name": chat.template, "digest": chat.digest}, None
     template = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from akl_lightning.batch import Batch, Response
 from akl_lightning.errors import UsageError
 
 SPACE = "▁"
@@ -69,7 +70,7 @@ class TokenBytes:
                 f"the {role}'s tokenizer, a {kind} without ByteLevel or {SPACE!r} in its decoder, does not tell the "
                 "bytes of its tokens: take models that share one tokenizer."
             )
-        added, special = self._backend.get_added_tokens_decoder(), set(tokenizer.all_special_ids)
+        added, special = self._backend.get_added_tokens_decoder(), set(tokenizer.all_special_ids) - {None}
         special |= {token for token, one in added.items() if one.special}
         names = {token: name for name, token in self._backend.get_vocab(with_added_tokens=True).items()}
         unknown = described["model"].get("unk_token")
@@ -82,8 +83,9 @@ class TokenBytes:
         """Ids of special tokens."""
         self.digest = hashlib.sha256(json.dumps([described, sorted(special)], sort_keys=True).encode()).hexdigest()
         """What tells the tokenizer from others."""
-        self._lengths: Tensor | None = None
-        self._dummy = self.join(self._backend.encode("a", add_special_tokens=False).ids) != b"a"
+        self._dummy = self.join(self.encode("a")) != b"a"
+        self._dummied = self._behind_which_a_space(added, tokenizer.bos_token_id)
+        self._counted: tuple[Tensor, Tensor, Tensor] | None = None
 
     @staticmethod
     def _check(described: dict[str, Any], kind: str, role: str) -> None:
@@ -108,6 +110,15 @@ class TokenBytes:
             return bytes([int(fallback[1], 16)])
         return name.replace(SPACE, " ").encode()
 
+    def _behind_which_a_space(self, added: dict[int, Any], bos: int | None) -> set[int]:
+        """Tokens behind which the tokenizer writes a space before the text, which the text does not have."""
+        if not self._dummy:
+            return set()
+        # Some write it at the beginning of a text alone, others behind whatever is no text.
+        one = next(iter(added.values()), None)
+        again = one is not None and self.join(self.encode(f"{one.content}a")).endswith(b" a")
+        return set(added) if again else {bos} - {None}
+
     def __len__(self) -> int:
         return len(self.bytes)
 
@@ -115,11 +126,28 @@ class TokenBytes:
         """The bytes of a token; None where it has none, beyond the vocabulary too."""
         return self.bytes[token] if 0 <= token < len(self.bytes) else None
 
-    def lengths(self, tokens: Tensor) -> Tensor:
-        """How many bytes each of some tokens says, int64; 0 where it has none."""
-        if self._lengths is None:
-            self._lengths = torch.tensor([*(len(of or b"") for of in self.bytes), 0])
-        return self._lengths.to(tokens.device)[tokens.clamp(max=len(self.bytes))]
+    def lengths(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
+        """How many bytes of a text each of some tokens says, int64; 0 where it has none.
+
+        Args:
+            tokens: ids.
+            before: ids of the tokens before these, ``[tokens]``; behind some of them a tokenizer like sentencepiece's
+                writes a space of its own, which is not counted. Where it writes none before a space of the text, as few
+                do, that one goes uncounted.
+        """
+        if self._counted is None:
+            said = [*(of or b"" for of in self.bytes), b""]
+            spaced, dummied = (
+                torch.tensor([of.startswith(b" ") for of in said]),
+                torch.tensor([token in self._dummied for token in range(len(said))]),
+            )
+            self._counted = torch.tensor([len(of) for of in said]), spaced, dummied
+        lengths, spaced, dummied = (of.to(tokens.device) for of in self._counted)
+        last = len(self.bytes)
+        tokens = tokens.clamp(max=last)
+        if before is None:
+            return lengths[tokens]
+        return lengths[tokens] - (spaced[tokens] & dummied[before.clamp(max=last)]).long()
 
     def join(self, tokens: Sequence[int]) -> bytes:
         """What tokens say, one after another; each that has no bytes is a :data:`GAP`."""
@@ -193,9 +221,12 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase | None) -> TokenBytes | None:
         return None
 
 
-def lengths(tokens: TokenBytes | None, labels: Tensor) -> dict[str, Tensor]:
-    """The entry ``bytes`` of a batch, how many each of its labels says, where that is known."""
-    return {} if tokens is None else {"bytes": tokens.lengths(labels)}
+def lengths(tokens: TokenBytes | None, batch: Batch, response: Response) -> dict[str, Tensor]:
+    """The entry ``bytes`` of a batch, how many each of its response tokens says, where that is known."""
+    if tokens is None:
+        return {}
+    before = batch["input_ids"].flatten()[response.positions]
+    return {"bytes": tokens.lengths(response.labels, before)}
 
 
 def _text(piece: bytes) -> str | None:

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from akl_lightning.kernels.classes import Classes
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Merged
 from akl_lightning.teachers.aligned import AlignedTeacher
+from akl_lightning.teachers.cache.format import open_shard
 from akl_lightning.tokenizers.bytes import TokenBytes
 from akl_lightning.tokenizers.classes import Vocabulary, partition
 from tests.conftest import QUIET, gpt2, write
@@ -206,6 +208,36 @@ def test_documents_are_aligned_block_by_block(
                 assert mine.join(row[:place].tolist())[skipped:] == yours.join(others[:other].tolist())
 
 
+def test_the_teachers_template_has_arguments_of_its_own(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str
+) -> None:
+    teacher_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ lead }}{{ m.content }}<stop>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ lead }}{% endif %}"
+    )
+    for arguments, lead in ((None, ""), ({"lead": "[]"}, "[]")):
+        data = data_of(student_tokenizer, corpus, teacher_template_arguments=arguments)
+        data.setup("fit")
+        data.align(teacher_tokenizer)
+        for row in data.splits["train"]:
+            asked, answer = (message["content"] for message in json.loads(row["messages"]))
+            assert teacher_tokenizer.decode(row["teacher_input_ids"]) == f"{asked}{lead}{answer}<stop>"
+            assert row["aligned"][0] == row["teacher_spans"][0]  # the answer's first token, behind all that
+    wrong = data_of(student_tokenizer, corpus, teacher_template_arguments={"led": "[]"})
+    wrong.setup("fit")
+    with pytest.raises(UsageError, match=r"teacher's tokenizer: data\.teacher_template_arguments has 'led', which"):
+        wrong.align(teacher_tokenizer)
+
+
+@pytest.mark.parametrize("setting", [{"teacher_template": "plain"}, {"teacher_template_arguments": {"a": 1}}])
+def test_a_template_for_a_teacher_that_reads_the_students_tokens_is_refused(
+    setting: dict[str, Any], student_tokenizer: PreTrainedTokenizerFast, corpus: str
+) -> None:
+    module = DistillationModule(*models(student_tokenizer, student_tokenizer))
+    with pytest.raises(UsageError, match=f"{next(iter(setting))} is for a teacher with another tokenizer"):
+        fitted(module, data_of(student_tokenizer, corpus, **setting))
+
+
 def test_what_lies_behind_the_teachers_positions_is_not_aligned(
     student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str
 ) -> None:
@@ -358,6 +390,58 @@ def test_a_cache_holds_the_teachers_side(
     other = data_of(student_tokenizer, corpus, teacher_tokenizer=byte_level(["n o"], ["<stop>"]))
     with pytest.raises(UsageError, match="another tokenizer"):
         Trainer(**QUIET).validate(DistillationModule(student, cache), other, verbose=False)
+
+
+def rows_of_cache(path: Path) -> dict[bytes, list[bytes]]:
+    """What a cache holds of each sample, by its digest."""
+    found = {}
+    for file in path.glob("shard-*"):
+        shard = open_shard(file)
+        offsets = shard.pop("offsets").tolist()
+        for number, digest in enumerate(shard.pop("digests")):
+            rows = [shard[name][offsets[number] : offsets[number + 1]] for name in sorted(shard)]
+            found[digest.numpy().tobytes()] = [row.view(torch.uint8).numpy().tobytes() for row in rows]
+    return found
+
+
+def test_one_cache_serves_students_of_several_tokenizers(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path
+) -> None:
+    _, teacher = models(student_tokenizer, teacher_tokenizer)
+    other_tokenizer = byte_level(["e n", "Ġ o", "i n", "in g", "o r", "Ġ w"])
+    # Samples one by one, so that nothing depends on what they are padded to.
+    both = [
+        partial(data_of, tokenizer, corpus, teacher_tokenizer=teacher_tokenizer, batch_size=1, max_length=200)
+        for tokenizer in (student_tokenizer, other_tokenizer)
+    ]
+    caches = [write(teacher, tmp_path / f"cache{number}", data()) for number, data in enumerate(both)]
+    held = [rows_of_cache(tmp_path / f"cache{number}") for number in range(2)]
+    assert held[0] == held[1] and len(held[0]) == 36
+    # The second student's data add nothing to the first one's cache.
+    shards = sorted((tmp_path / "cache0").glob("shard-*"))
+    write(teacher, tmp_path / "cache0", both[1]())
+    assert sorted((tmp_path / "cache0").glob("shard-*")) == shards
+    student = gpt2(16, len(other_tokenizer), positions=256)
+    found = [
+        Trainer(**QUIET).validate(DistillationModule(copy.deepcopy(student), cache), both[1](), verbose=False)[0]
+        for cache in caches
+    ]
+    assert found[0] == found[1] and 0 < found[0]["val/aligned"] < 1
+    live = Trainer(**QUIET).validate(DistillationModule(student, teacher), both[1](), verbose=False)[0]
+    assert found[0] == pytest.approx(live, rel=2e-2) and found[0]["val/aligned"] == live["val/aligned"]
+
+
+def test_the_likeliest_tokens_of_another_tokenizer_are_refused_before_they_are_cached_and_after(
+    student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, corpus: str, tmp_path: Path
+) -> None:
+    student, teacher = models(student_tokenizer, teacher_tokenizer)
+    both = {"teacher_tokenizer": teacher_tokenizer}
+    with pytest.raises(UsageError, match="top_k keeps no more than the likeliest tokens of GPT2LMHeadModel"):
+        write(teacher, tmp_path / "cache", data_of(student_tokenizer, corpus, **both), top_k=4)
+    assert not list(tmp_path.glob("cache/shard-*"))
+    cache = write(teacher, tmp_path / "own", data_of(teacher_tokenizer, corpus), top_k=4)
+    with pytest.raises(UsageError, match="likeliest tokens of another tokenizer alone"):
+        fitted(DistillationModule(student, cache), data_of(student_tokenizer, corpus, **both))
 
 
 # --------------------------------------------------------------------------------------------------------------------

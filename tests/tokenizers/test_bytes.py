@@ -1,11 +1,20 @@
 """What tokens say in bytes, checked by hand on tiny tokenizers and by round trips on real ones."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from akl_lightning.criterion import DistillationCriterion
+from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
 from akl_lightning.errors import UsageError
+from akl_lightning.module import DistillationModule
 from akl_lightning.tokenizers.bytes import GAP, TokenBytes
+from tests.conftest import gpt2
 from tests.tokenizers.real import REAL, real
 from tests.tokenizers.tiny import END, byte_level, fast, sentencepiece
 
@@ -58,6 +67,58 @@ def test_special_tokens_say_nothing_and_added_words_their_text() -> None:
     tokens = TokenBytes(tokenizer, "student")
     ids = tokens.encode(f"aĠodd word<turn>b{END}")
     assert tokens.join(ids) == b"a" + "Ġodd word".encode() + GAP + b"b" + GAP
+
+
+def first_only() -> PreTrainedTokenizerFast:
+    """A tokenizer that writes a space at the beginning of a text and behind no token, as Llama's second one."""
+    tokenizer = sentencepiece(["▁", "t", "h", "e"], ["t h", "th e", "▁ the"])
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = None  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["the the", "t", "é the", "", "\nthe"])
+def test_a_space_that_a_tokenizer_writes_before_a_text_is_no_byte_of_it(text: str) -> None:
+    legacy = sentencepiece(["▁", "t", "h", "e"], ["t h", "th e", "▁ the"])
+    for tokenizer, begins in ((legacy, legacy.eos_token), (first_only(), "<s>"), (byte_level(["Ġ t"]), END)):
+        tokens = TokenBytes(tokenizer, "student")
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(begins), *tokens.encode(text)])
+        assert tokens.lengths(ids[1:], ids[:-1]).sum() == len(text.encode())
+        assert len(tokens.join(ids[1:].tolist())) == len(text.encode()) + (begins != END or tokenizer is legacy) * bool(
+            text
+        )
+    # A space of the text's own is counted beside it; and behind other tokens the tokenizer writes none.
+    tokens = TokenBytes(legacy, "student")
+    assert tokens.lengths(torch.tensor(tokens.encode(" the"))).sum() == 5
+    ids = torch.tensor([legacy.eos_token_id, *tokens.encode(" the")])
+    assert tokens.lengths(ids[1:], ids[:-1]).sum() == 4
+    tokens, end = TokenBytes(first_only(), "student"), torch.tensor([legacy.eos_token_id])
+    space = torch.tensor([legacy.convert_tokens_to_ids("▁")])
+    assert tokens.lengths(space, end) == 1
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_bytes_of_a_batch_are_those_of_what_is_said(special: bool, tmp_path: Path) -> None:
+    turns = ["what", "the 👍 the", "and", " the"]
+    messages = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    tokenizer = sentencepiece(["▁", "t", "h", "e"], ["t h", "th e", "▁ the"])
+    begins = "<turn>" if special else "\n"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{{{{ m.role + {begins!r} + m.content }}}}{END}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ 'assistant' + {begins!r} }}}}{{% endif %}}"
+    )
+    data = InstructionDataModule(
+        tokenizer, JsonLines(str(tmp_path / "chats.jsonl")), validation_size=0, test_size=0, max_length=200
+    )
+    data.setup("fit")
+    (batch,) = data.samples("train")
+    module = DistillationModule(gpt2(16, len(tokenizer)), criterion=DistillationCriterion(alpha=0.0))
+    module.tokens = TokenBytes(tokenizer, "student")
+    assert module.prepare_batch(batch)["bytes"].sum() == sum(len(turn.encode()) for turn in turns[1::2])
 
 
 def test_the_first_token_of_pieces() -> None:

@@ -136,7 +136,7 @@ class CacheWriter(LightningModule):
         if not isinstance(data, EverySplit):
             raise UsageError("CacheWriter needs all splits of the data: run it with write_cache.")
         facts = facts_of(data.data)
-        tokenizer, template, max_length = read_by_teacher(self.teacher, self.name, data.data)
+        tokenizer, template, max_length = read_by_teacher(self.teacher, self.name, data.data, self.top_k)
         self.teacher.check_fits("teacher", tokenizer, max_length)
         model: Any = self.teacher.model.model
         logits = self._probe(model)
