@@ -56,6 +56,7 @@ class LiveTeacher(Teacher):
                 self._unread = source
         if self._unread is None:
             self._model = _frozen(load_causal_lm(source, *self._how), packing)
+        self.longest = self.max_positions
 
     @property
     def model(self) -> SplitModel:
@@ -105,8 +106,6 @@ class LiveTeacher(Teacher):
     def max_positions(self) -> int | None:
         """Longest sequence that the model has positions for, or None where it does not say."""
         return self._model.max_positions
-
-    longest = max_positions
 
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         self._model.check_fits(name, tokenizer, max_length)

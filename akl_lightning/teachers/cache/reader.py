@@ -75,6 +75,10 @@ class CachedTeacher(Teacher):
         self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
         self._row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
 
+        self.fingerprint = self.manifest["teacher"]["weights"]
+        self.longest = self.manifest["data"].get("longest")
+        self.max_positions: int | None = self.manifest["data"]["max_length"]
+        """Tokens of the longest sample that the cache may hold, or None where that is not known."""
         self.top_k, self.soft_cap = self.manifest["top_k"], self.manifest["soft_cap"]
         self._inputs: Collection[str] | None = self.manifest.get("inputs", UNRECORDED_INPUTS)
         self.head: nn.Module | None = None
@@ -99,24 +103,11 @@ class CachedTeacher(Teacher):
     def vocab_size(self) -> int:
         return self.manifest["vocab_size"]
 
-    @property
-    def max_positions(self) -> int | None:
-        """Tokens of the longest sample that the cache may hold, or None where that is not known."""
-        return self.manifest["data"]["max_length"]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["teacher"]["weights"]
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The one beside the teacher, where that is still the one that the cache was made with."""
         found = tokenizer_of(self.manifest["teacher"]["name"])
         return found if found is not None and tokenizer_digests(found) == self.manifest["tokenizer"] else None
-
-    @property
-    def longest(self) -> int | None:
-        return self.manifest["data"].get("longest")
 
     def to(self, device: torch.device) -> Self:
         if device.type != "meta" and self.head is not None:
