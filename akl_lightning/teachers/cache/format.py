@@ -5,7 +5,7 @@ A sample is found by its content, whatever batch, order or split it comes in.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ FORMAT = 1
 
 UNRECORDED_INPUTS = CONTENT | {"token_type_ids"}
 """What a cache that does not say what its teacher was given has not been given for certain."""
+
+DIGEST = "S16"
+"""A sample's digest to numpy, which sorts and finds them; a shard has it as two integers."""
 
 REWRITE = "copy it again from where it was written, or write it again with akl cache"
 """What helps against a damaged file."""
@@ -88,11 +91,6 @@ def tokens_per_sample(batch: Batch, positions: Tensor) -> list[int]:
     """
     samples, length = batch["input_ids"].shape
     return torch.bincount(positions // length, minlength=samples).tolist()
-
-
-def as_words(digests: Sequence[bytes]) -> np.ndarray:
-    """Digests as integers, ``[samples, 2]``."""
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

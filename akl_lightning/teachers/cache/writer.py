@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from akl_lightning.batch import Batch, response_of, teacher_side
@@ -29,9 +30,9 @@ from akl_lightning.teachers.aligned import read_by_teacher
 from akl_lightning.teachers.cache import folder
 from akl_lightning.teachers.cache.codecs import find_codec
 from akl_lightning.teachers.cache.format import (
+    DIGEST,
     FORMAT,
     HEAD,
-    as_words,
     file_digest,
     open_shard,
     sample_digests,
@@ -106,9 +107,7 @@ class CacheWriter(LightningModule):
         self._known: set[bytes] = set()  # samples in complete shards, and those that this process has encoded
         self._complete: list[dict[str, Any]] = []  # entries of the shards that were there, on every rank alike
         self._written: list[dict[str, Any]] = []  # entries of the shards that this process has written
-        self._digests: list[bytes] = []  # of the shard to come
-        self._counts: list[int] = []
-        self._parts: list[dict[str, Tensor]] = []
+        self._parts: list[dict[str, Tensor]] = []  # of the shard to come, a batch each
         self._tokens = 0
         self._mistake: Exception | None = None  # of this rank's work
         with ending_together(self.trainer):
@@ -241,10 +240,8 @@ class CacheWriter(LightningModule):
             for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
                 positions, digests = self._look_at(batch)
                 counts = tokens_per_sample(batch, positions)
-                for digest, count in zip(digests, counts, strict=True):
-                    if count and digest not in seen:
-                        seen.add(digest)
-                        totals += torch.tensor([1, count]) / (1 if is_share else ranks)
+                for row in _unknown(digests, counts, seen):
+                    totals += torch.tensor([1, counts[row]]) / (1 if is_share else ranks)
         totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum")
         samples, tokens = totals.round().long().tolist()
         return samples, tokens
@@ -283,12 +280,7 @@ class CacheWriter(LightningModule):
     def _cache(self, batch: Batch) -> int:
         positions, digests = batch["cached"]
         counts = tokens_per_sample(batch, positions)
-        rows = []
-        for row, (digest_, count) in enumerate(zip(digests, counts, strict=True)):
-            if count and digest_ not in self._known:
-                self._known.add(digest_)
-                rows.append(row)
-        asked = rows
+        asked = rows = _unknown(digests, counts, self._known)
         if self._together and self.trainer.strategy.reduce_boolean_decision(bool(rows), all=False):
             asked = rows or [0]
         if not asked:
@@ -302,10 +294,10 @@ class CacheWriter(LightningModule):
             return 0
         parts = self._encode(logits)
         self.teacher.release()
-        tokens = sum(counts[row] for row in rows)
-        self._digests += [digests[row] for row in rows]
-        self._counts += [counts[row] for row in rows]
-        self._parts.append(parts)
+        lengths = [counts[row] for row in rows]
+        words = np.array([digests[row] for row in rows], DIGEST).view("<i8").reshape(-1, 2)
+        self._parts.append({**parts, "digests": torch.from_numpy(words), "lengths": torch.tensor(lengths)})
+        tokens = sum(lengths)
         self._tokens += tokens
         self._done += tokens
         self._bar.update(min(tokens * self.trainer.world_size, self._bar.total - self._bar.n))
@@ -327,16 +319,16 @@ class CacheWriter(LightningModule):
         return {name: part.cpu() for name, part in parts.items()}
 
     def _flush(self) -> None:
-        if not self._digests:
+        if not self._parts:
             return
         tensors = {name: torch.cat([parts[name] for parts in self._parts]) for name in self._parts[0]}
-        tensors["digests"] = torch.from_numpy(as_words(self._digests).view("<i8").copy())
-        tensors["offsets"] = torch.tensor([0, *np.cumsum(self._counts).tolist()])
-        content = save(tensors)
+        lengths = tensors.pop("lengths")
+        content = save({**tensors, "offsets": pad(lengths.cumsum(0), (1, 0))})
         checksum = digest(content)
-        folder.write_file(self.path / shard_name(checksum), content)
-        self._written.append(shard_entry(self.path / shard_name(checksum), checksum, len(self._digests), self._tokens))
-        self._digests, self._counts, self._parts, self._tokens = [], [], [], 0
+        file = self.path / shard_name(checksum)
+        folder.write_file(file, content)
+        self._written.append(shard_entry(file, checksum, len(lengths), self._tokens))
+        self._parts, self._tokens = [], 0
 
     def on_predict_end(self) -> None:
         """Write the last shard, and the manifest that makes the cache a finished one."""
@@ -394,6 +386,16 @@ def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.enable()
     return writer.path
+
+
+def _unknown(digests: list[bytes], counts: list[int], known: set[bytes]) -> list[int]:
+    """Rows of the samples with response tokens that are not known yet; they are from now on."""
+    rows = []
+    for row, (of_row, count) in enumerate(zip(digests, counts, strict=True)):
+        if count and of_row not in known:
+            known.add(of_row)
+            rows.append(row)
+    return rows
 
 
 def _said(size: float) -> str:
