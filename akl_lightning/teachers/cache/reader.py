@@ -24,19 +24,16 @@ from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.cache.codecs import find_codec
 from akl_lightning.teachers.cache.format import (
-    DIGEST,
     HEAD,
     REWRITE,
-    UNRECORDED_INPUTS,
     file_digest,
     file_state,
     open_shard,
     read_manifest,
     remember_unchanged,
-    sample_digests,
-    tokens_per_sample,
     unchanged_files,
 )
+from akl_lightning.teachers.cache.samples import DIGEST, UNRECORDED_INPUTS, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.top_k import decode_top_k
 from akl_lightning.teachers.fingerprint import tokenizer_digests
 

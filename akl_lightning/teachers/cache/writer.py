@@ -27,20 +27,10 @@ from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
 from akl_lightning.projection import Logits, Projection
 from akl_lightning.teachers.aligned import read_by_teacher
-from akl_lightning.teachers.cache import folder
+from akl_lightning.teachers.cache import format as folder
 from akl_lightning.teachers.cache.codecs import find_codec
-from akl_lightning.teachers.cache.format import (
-    DIGEST,
-    FORMAT,
-    HEAD,
-    file_digest,
-    open_shard,
-    sample_digests,
-    shard_entry,
-    shard_name,
-    tokens_per_sample,
-)
 from akl_lightning.teachers.cache.reader import shows_progress
+from akl_lightning.teachers.cache.samples import DIGEST, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.splits import Data, EverySplit
 from akl_lightning.teachers.cache.top_k import encode_top_k
 from akl_lightning.teachers.fingerprint import digest, hub_revision, tokenizer_digests, weights_digest, whole
@@ -161,7 +151,7 @@ class CacheWriter(LightningModule):
         content = save(head) if head else b""
         self.teacher.release()
         self._manifest: dict[str, Any] = {
-            "format": FORMAT,
+            "format": folder.FORMAT,
             "complete": False,
             "teacher": {
                 "name": self.name,
@@ -175,7 +165,7 @@ class CacheWriter(LightningModule):
             "vocab_size": vocab_size,
             "inputs": None if causal_lm is None else sorted(known_inputs(causal_lm)),
             "soft_cap": logits.soft_cap if isinstance(logits, Projection) else None,
-            "head": {"file": HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
+            "head": {"file": folder.HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
             "data": {"max_length": facts.max_length, "longest": self.teacher.longest},
             "shards": [],
         }
@@ -195,10 +185,10 @@ class CacheWriter(LightningModule):
         files = sorted(self.path.glob("shard-*.safetensors"))[trainer.global_rank :: trainer.world_size]
         good = []
         for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
-            checksum = file_digest(file)
-            if file.name == shard_name(checksum):
-                shard = open_shard(file)
-                entry = shard_entry(file, checksum, len(shard["digests"]), int(shard["offsets"][-1]))
+            checksum = folder.file_digest(file)
+            if file.name == folder.shard_name(checksum):
+                shard = folder.open_shard(file)
+                entry = folder.shard_entry(file, checksum, len(shard["digests"]), int(shard["offsets"][-1]))
                 good.append((entry, shard["digests"].numpy().tobytes()))
             else:
                 file.unlink()
@@ -325,9 +315,9 @@ class CacheWriter(LightningModule):
         lengths = tensors.pop("lengths")
         content = save({**tensors, "offsets": pad(lengths.cumsum(0), (1, 0))})
         checksum = digest(content)
-        file = self.path / shard_name(checksum)
+        file = self.path / folder.shard_name(checksum)
         folder.write_file(file, content)
-        self._written.append(shard_entry(file, checksum, len(lengths), self._tokens))
+        self._written.append(folder.shard_entry(file, checksum, len(lengths), self._tokens))
         self._parts, self._tokens = [], 0
 
     def on_predict_end(self) -> None:
@@ -350,7 +340,7 @@ class CacheWriter(LightningModule):
 
     def _finish(self, shards: list[dict[str, Any]]) -> None:
         shards.sort(key=lambda entry: entry["file"])
-        words = np.concatenate([open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
+        words = np.concatenate([folder.open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
         unique = np.unique(words, axis=0)
         self._manifest["data"] |= {
             "samples": len(unique),
