@@ -17,7 +17,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.load import Precision, load_causal_lm, outline_causal_lm
 from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import load_sharded, shard
-from akl_lightning.projection import Logits
+from akl_lightning.projection import Projection
 from akl_lightning.teachers.base import Teacher
 
 
@@ -120,7 +120,7 @@ class LiveTeacher(Teacher):
         return {}
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, positions: Tensor) -> Logits:
+    def __call__(self, batch: Batch, positions: Tensor) -> Tensor | Projection:
         return self.read().eval()(batch, positions)
 
     def release(self) -> None:

@@ -25,7 +25,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
-from akl_lightning.projection import Logits, Projection
+from akl_lightning.projection import Projection
 from akl_lightning.teachers.aligned import read_by_teacher
 from akl_lightning.teachers.cache import format as folder
 from akl_lightning.teachers.cache.codecs import find_codec
@@ -175,9 +175,7 @@ class CacheWriter(LightningModule):
         """The logits of a few tokens; whether the model splits is looked at on the way."""
         parameter = next(model.parameters(), torch.empty(0))
         tokens = torch.arange(8, device=parameter.device)[None]
-        logits = self.teacher({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens[0])
-        assert isinstance(logits, Tensor | Projection)
-        return logits
+        return self.teacher({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens[0])
 
     def _take_complete_shards(self) -> None:
         """Check every shard that is there, the ranks sharing them out; a damaged one is removed and written again."""
@@ -295,9 +293,8 @@ class CacheWriter(LightningModule):
             self._flush()
         return tokens
 
-    def _encode(self, logits: Logits) -> dict[str, Tensor]:
+    def _encode(self, logits: Tensor | Projection) -> dict[str, Tensor]:
         if self.top_k is not None:
-            assert isinstance(logits, Tensor | Projection)
             parts = encode_top_k(logits, self.top_k)
             finite = not parts["log_probs"].isnan().any()
         else:
