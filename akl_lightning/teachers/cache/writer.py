@@ -95,8 +95,7 @@ class CacheWriter(LightningModule):
         """Look at the teacher, the folder, and the shards that are there."""
         # A second call has nothing of the first one's.
         self._known: set[bytes] = set()  # samples in complete shards, and those that this process has encoded
-        self._complete: list[dict[str, Any]] = []  # entries of the shards that were there, on every rank alike
-        self._written: list[dict[str, Any]] = []  # entries of the shards that this process has written
+        self._shards: list[dict[str, Any]] = []  # entries of those that this process has checked or written
         self._parts: list[dict[str, Tensor]] = []  # of the shard to come, a batch each
         self._tokens = 0
         self._mistake: Exception | None = None  # of this rank's work
@@ -181,17 +180,17 @@ class CacheWriter(LightningModule):
         """Check every shard that is there, the ranks sharing them out; a damaged one is removed and written again."""
         trainer = self.trainer
         files = sorted(self.path.glob("shard-*.safetensors"))[trainer.global_rank :: trainer.world_size]
-        good = []
+        good: list[bytes] = []
         for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
             checksum = folder.file_digest(file)
             if file.name == folder.shard_name(checksum):
                 shard = folder.open_shard(file)
-                entry = folder.shard_entry(file, checksum, len(shard["digests"]), int(shard["offsets"][-1]))
-                good.append((entry, shard["digests"].numpy().tobytes()))
+                samples, tokens = len(shard["digests"]), int(shard["offsets"][-1])
+                self._shards.append(folder.shard_entry(file, checksum, samples, tokens))
+                good.append(shard["digests"].numpy().tobytes())
             else:
                 file.unlink()
-        for entry, digests in chain.from_iterable(gather_objects(trainer, good)):
-            self._complete.append(entry)
+        for digests in chain.from_iterable(gather_objects(trainer, good)):
             self._known.update(digests[start : start + 16] for start in range(0, len(digests), 16))
 
     def on_predict_start(self) -> None:
@@ -314,7 +313,7 @@ class CacheWriter(LightningModule):
         checksum = digest(content)
         file = self.path / folder.shard_name(checksum)
         folder.write_file(file, content)
-        self._written.append(folder.shard_entry(file, checksum, len(lengths), self._tokens))
+        self._shards.append(folder.shard_entry(file, checksum, len(lengths), self._tokens))
         self._parts, self._tokens = [], 0
 
     def on_predict_end(self) -> None:
@@ -323,7 +322,7 @@ class CacheWriter(LightningModule):
             if self._mistake is not None:
                 raise self._mistake
             self._flush()
-        shards = [*self._complete, *chain.from_iterable(gather_objects(self.trainer, self._written))]
+        shards = list(chain.from_iterable(gather_objects(self.trainer, self._shards)))
         done = sum(gather_objects(self.trainer, self._done))
         seconds = time.perf_counter() - self._start
         self._bar.close()
