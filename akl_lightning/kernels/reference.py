@@ -10,7 +10,7 @@ from torch import Tensor
 from akl_lightning import functional as F
 from akl_lightning.head_tail import head_size, membership
 from akl_lightning.kernels import pairs
-from akl_lightning.kernels.pairs import MIXES, PAIRS, Comparison, per_row
+from akl_lightning.kernels.pairs import MIXES, PAIRS, STATISTICS, Comparison, per_row
 
 _CACHE_BYTES = 2**21
 """On a CPU, logits are compared in blocks of rows of this size, which stay in its caches from pass to pass."""
@@ -59,33 +59,22 @@ def compare(
     count, rows, alpha = len(student), rows_at_a_time(student), per_row(how.alpha, student)
     buffers = 0 if teacher is None else 3 if how.temperature == 1 else 4
     scratch = student.new_empty((buffers, min(rows, count), student.shape[1]))
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[dict[str, Tensor]] = []
     for start in range(0, max(1, count), rows):
         block = slice(start, min(start + rows, count))
         into = None if gradient is None else gradient[block]
         if teacher is None:
-            parts.append((_cross_entropy(student[block], labels[block], alpha[block], into),))
+            parts.append({"cross_entropy": _cross_entropy(student[block], labels[block], alpha[block], into)})
         else:
             memory, others = scratch[:, : block.stop - start], teacher[block].to(student.dtype)
-            parts.append(_compare(student[block], others, labels[block], how, alpha[block], into, memory))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+            values = _compare(student[block], others, labels[block], how, alpha[block], into, memory)
+            parts.append(dict(zip(STATISTICS[1:], values, strict=True)))
+    statistics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     # No plain products: zero times infinity is zero here, a weight of 0 switches its part off.
-    if teacher is None:
-        (cross_entropy,) = columns
-        return {"loss": F.weighted((1 - alpha).to(student.dtype), cross_entropy), "cross_entropy": cross_entropy}
-    divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement = columns
-    of_divergence = F.weighted(alpha.to(student.dtype), divergence)
-    return {
-        "loss": of_divergence + F.weighted((1 - alpha).to(student.dtype), cross_entropy),
-        "divergence": divergence,
-        "cross_entropy": cross_entropy,
-        "fkl": fkl,
-        "rkl": rkl,
-        "head_gap": head_gap,
-        "tail_gap": tail_gap,
-        "head_weight": F.head_weight(head_gap, tail_gap),
-        "top1_agreement": agreement,
-    }
+    loss = F.weighted((1 - alpha).to(student.dtype), statistics["cross_entropy"])
+    if teacher is not None:
+        loss += F.weighted(alpha.to(student.dtype), statistics["divergence"])
+    return {"loss": loss, **statistics}
 
 
 def _cross_entropy(student: Tensor, labels: Tensor, alpha: Tensor, gradient: Tensor | None) -> Tensor:
@@ -109,7 +98,7 @@ def _compare(
     gradient: Tensor | None,
     scratch: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Divergence, cross entropy, FKL, RKL, head gap, tail gap and agreement of a few rows."""
+    """The statistics of a few rows but the loss, in the order of :data:`STATISTICS`."""
     t = how.temperature
     p, q, product = scratch[:3]
     at_label = _at_label(student, labels)
@@ -176,7 +165,8 @@ def _compare(
         if (off := alpha == 0).any():  # zero times anything is 0
             into[off] = unsoftened[off]
         _finish(into, labels, weight, gradient)
-    return divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement
+    head_weight = F.head_weight(head_gap, tail_gap)
+    return divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, head_weight, agreement
 
 
 def _per_row(weight: Tensor | float) -> Tensor | float:
