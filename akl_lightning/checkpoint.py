@@ -7,8 +7,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,19 +163,19 @@ def claim_folder(path: Path) -> Path:
         UsageError: it cannot be made.
     """
     check_writable(path.parent)
-    while True:
-        candidate = free_path(path)
-        with suppress(FileExistsError):
-            candidate.mkdir()
-            return candidate
+    return _claim(path, Path.mkdir)
 
 
 def claim_file(path: Path) -> Path:
     """Make an empty file at :func:`free_path`, one that no other process makes at the same time."""
+    return _claim(path, partial(Path.touch, exist_ok=False))
+
+
+def _claim(path: Path, make: Callable[[Path], None]) -> Path:
     while True:
         candidate = free_path(path)
         with suppress(FileExistsError):
-            candidate.touch(exist_ok=False)
+            make(candidate)
             return candidate
 
 

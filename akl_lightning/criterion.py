@@ -12,10 +12,10 @@ from akl_lightning import functional as F
 from akl_lightning import kernels
 from akl_lightning.divergences import AdaptiveKL, Divergence, known_divergences
 from akl_lightning.errors import UsageError
+from akl_lightning.kernels.classes import Classes, merge
 from akl_lightning.kernels.classes import compare as compare_in_classes
-from akl_lightning.kernels.classes import merge
 from akl_lightning.kernels.pairs import STATISTICS as STATISTICS
-from akl_lightning.kernels.pairs import Comparison
+from akl_lightning.kernels.pairs import Comparison, per_row
 from akl_lightning.kernels.reference import rows_at_a_time
 from akl_lightning.projection import Logits, Merged, Projection, TopLogProbs, project_and_compare
 
@@ -154,15 +154,10 @@ class DistillationCriterion(nn.Module):
                     f"{name} logits {list(logits.shape)} with labels {list(labels.shape)}: pass logits [tokens, vocab] "
                     "and labels [tokens] of the response positions alone, which response_positions finds."
                 )
-        divergence = self.divergence
-        how = Comparison(
-            divergence.pair, divergence.constant, self.alpha, self.temperature, divergence.mu, divergence.head_rule
-        )
-        compare, per_token = partial(self._compare, how=how), {} if alpha is None else {"alpha": alpha}
+        compare, per_token = self._compare, {} if alpha is None else {"alpha": alpha}
         if isinstance(teacher, Merged):
             teacher = replace(teacher, classes=teacher.classes.to(labels.device))
-            pairwise = kernels.compare if how.pair is not None else self._compare_by_autograd
-            compare = partial(compare_in_classes, how=how, classes=teacher.classes, pairwise=pairwise)
+            compare = partial(self._compare, classes=teacher.classes)
         return CriterionOutput(*project_and_compare(student, teacher, labels, compare, self.chunk_size, **per_token))
 
     def _compare(
@@ -170,32 +165,36 @@ class DistillationCriterion(nn.Module):
         student: Tensor,
         teacher: Tensor | None,
         labels: Tensor,
-        how: Comparison,
         gradient: Tensor | None,
         alpha: Tensor | None = None,
+        classes: Classes | None = None,
     ) -> dict[str, Tensor]:
         """Compare a chunk; what only the student has among its outputs is padding, which it learns to avoid.
 
         Divergence and gaps are those of both distributions over the common outputs. Cross entropy is over all of the
         student's; where it has no weight, minus the log of the student's mass on the common ones takes its place.
         """
+        d, of_divergence = self.divergence, self.alpha if alpha is None else alpha
+        how = Comparison(d.pair, d.constant, of_divergence, self.temperature, d.mu, d.head_rule)
         if teacher is None:
-            return kernels.compare(student, teacher, labels, how, gradient, alpha)
+            return kernels.compare(student, teacher, labels, how, gradient)
         compare = kernels.compare if how.pair is not None else self._compare_by_autograd
+        if classes is not None:
+            return compare_in_classes(student, teacher, labels, how, classes, gradient, compare)
+        if student.shape == teacher.shape:
+            return compare(student, teacher, labels, how, gradient)
         common = teacher.shape[1]
-        if student.shape[1] == common:
-            return compare(student, teacher, labels, how, gradient, alpha)
         log_common = student[:, :common].logsumexp(-1)
         apart = student[:, common:].logsumexp(-1) - log_common
         minus_log_mass = torch.nn.functional.softplus(apart, threshold=80)
-        weight = torch.full_like(apart, 1 - self.alpha) if alpha is None else (1 - alpha).to(apart.dtype)
-        weight = weight.masked_fill(weight == 0, 1.0)
+        weight = (1 - per_row(how.alpha, student)).to(apart.dtype)
+        weight.masked_fill_(weight == 0, 1.0)
         if gradient is not None:  # before the logits are overwritten
             of_common = student[:, :common].softmax(-1) * (-weight * apart.sigmoid())[:, None]
             of_others = (student[:, common:] - (log_common + minus_log_mass)[:, None]).exp()
             of_others *= weight[:, None]
         into = None if gradient is None else gradient[:, :common]
-        part = compare(student[:, :common], teacher, labels, how, into, alpha)
+        part = compare(student[:, :common], teacher, labels, how, into)
         if gradient is not None:
             gradient[:, :common] += of_common
             gradient[:, common:] = of_others
@@ -234,38 +233,28 @@ class DistillationCriterion(nn.Module):
         labels: Tensor,
         how: Comparison,
         gradient: Tensor | None = None,
-        alpha: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As the kernels do, with a divergence that gives its value alone; ``student`` is overwritten.
 
         Some rows at a time: what autograd keeps of them is several times their logits.
         """
-        rows, t, parts = rows_at_a_time(student), self.temperature, []
+        rows, t, parts, alphas = rows_at_a_time(student), self.temperature, [], per_row(how.alpha, student)
         for start in range(0, max(1, len(student)), rows):
             block = slice(start, start + rows)
-            logits, own_alpha = student[block], None if alpha is None else alpha[block]
-            wanted = gradient is not None and (alpha is not None or self.alpha > 0)
+            logits, alpha = student[block], alphas[block]
             log_q, log_p = F.log_probs(logits, t), F.log_probs(teacher[block], t).to(logits.dtype)
-            slope = None
-            if wanted:
-                with torch.enable_grad():
-                    value = self.divergence.compare(log_q.requires_grad_(), log_p)
-                    (of_log_q,) = torch.autograd.grad(value.sum(), log_q)
-                slope = of_log_q - log_q.detach().exp() * of_log_q.sum(-1, keepdim=True)
-            else:
-                value = self.divergence.compare(log_q, log_p)
-            own = t**2 * value.detach()
-            into = None if gradient is None else logits
-            part = kernels.compare(logits, teacher[block], labels[block], how, into, own_alpha)
-            weight = self.alpha if own_alpha is None else own_alpha.to(logits.dtype)
-            parts.append({**part, "loss": F.weighted(weight, own) + part["loss"], "divergence": own})
-            # By the chain rule, t² times the divergence of logits / t has t times the gradient.
-            if slope is not None and own_alpha is not None:
-                scale = (own_alpha * t).to(logits.dtype)[:, None]
-                logits.addcmul_(slope.masked_fill_(scale == 0, 0.0), scale)
-            elif slope is not None:
-                logits.add_(slope, alpha=self.alpha * t)
+            with torch.set_grad_enabled(gradient is not None):
+                value = self.divergence.compare(log_q.requires_grad_(gradient is not None), log_p)
+            own, into = t**2 * value.detach(), None if gradient is None else logits
+            part = kernels.compare(logits, teacher[block], labels[block], how._replace(alpha=alpha), into)
+            loss = F.weighted(alpha.to(logits.dtype), own) + part["loss"]
+            parts.append({**part, "loss": loss, "divergence": own})
             if gradient is not None:
+                (of_log_q,) = torch.autograd.grad(value, log_q, torch.ones_like(value))
+                slope = of_log_q - log_q.detach().exp() * of_log_q.sum(-1, keepdim=True)
+                # By the chain rule, t² times the divergence of logits / t has t times the gradient.
+                scale = (alpha * t).to(logits.dtype)[:, None]
+                logits.addcmul_(slope.masked_fill_(scale == 0, 0.0), scale)
                 gradient[block].copy_(logits)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

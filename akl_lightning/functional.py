@@ -11,6 +11,8 @@ anything is 0.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,13 +59,14 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
-def _pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if student_logits.shape != teacher_logits.shape:
+def _of_logits(compare: Callable[..., Tensor], student: Tensor, teacher: Tensor, t: float, *settings: Any) -> Tensor:
+    """A divergence of logits at a temperature, from that of log-probabilities."""
+    if student.shape != teacher.shape:
         raise UsageError(
-            f"student logits {list(student_logits.shape)} and teacher logits {list(teacher_logits.shape)} differ in "
+            f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ in "
             "shape: both must be [..., vocab] over the same tokens and the same vocabulary."
         )
-    return log_probs(student_logits, temperature), log_probs(teacher_logits.detach(), temperature)
+    return t**2 * compare(log_probs(student, t), log_probs(teacher.detach(), t), *settings)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -164,8 +167,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     >>> forward_kl(student, teacher)
     tensor([0.1733])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * forward_kl_from_log_probs(student, teacher)
+    return _of_logits(forward_kl_from_log_probs, student_logits, teacher_logits, temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -178,8 +180,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     >>> reverse_kl(student, teacher)
     tensor([0.1927])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * reverse_kl_from_log_probs(student, teacher)
+    return _of_logits(reverse_kl_from_log_probs, student_logits, teacher_logits, temperature)
 
 
 def adaptive_kl(
@@ -211,8 +212,7 @@ def adaptive_kl(
     >>> adaptive_kl(student, teacher)  # half of each KL: the gap is 0.25 in the head, 0.25 in the tail
     tensor([0.1733])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * adaptive_kl_from_log_probs(student, teacher, mu, head_rule)
+    return _of_logits(adaptive_kl_from_log_probs, student_logits, teacher_logits, temperature, mu, head_rule)
 
 
 def weighted_kl(
@@ -225,8 +225,7 @@ def weighted_kl(
     >>> weighted_kl(student, teacher, forward_weight=1.0)
     tensor([0.1733])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * weighted_kl_from_log_probs(student, teacher, forward_weight)
+    return _of_logits(weighted_kl_from_log_probs, student_logits, teacher_logits, temperature, forward_weight)
 
 
 def weighted_kl_from_log_probs(student: Tensor, teacher: Tensor, forward_weight: float = 0.5) -> Tensor:
@@ -248,8 +247,7 @@ def jensen_shannon(
     >>> jensen_shannon(student, teacher)  # log 2, its largest value
     tensor([0.6931])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * jensen_shannon_from_log_probs(student, teacher, beta)
+    return _of_logits(jensen_shannon_from_log_probs, student_logits, teacher_logits, temperature, beta)
 
 
 def skew_forward_kl(
@@ -264,8 +262,7 @@ def skew_forward_kl(
     >>> skew_forward_kl(student, teacher)  # -log 0.1
     tensor([2.3026])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * skew_forward_kl_from_log_probs(student, teacher, skew)
+    return _of_logits(skew_forward_kl_from_log_probs, student_logits, teacher_logits, temperature, skew)
 
 
 def skew_reverse_kl(
@@ -280,8 +277,7 @@ def skew_reverse_kl(
     >>> skew_reverse_kl(student, teacher)
     tensor([2.3026])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * skew_reverse_kl_from_log_probs(student, teacher, skew)
+    return _of_logits(skew_reverse_kl_from_log_probs, student_logits, teacher_logits, temperature, skew)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -294,5 +290,4 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     >>> total_variation(student, teacher)
     tensor([0.2500])
     """
-    student, teacher = _pair(student_logits, teacher_logits, temperature)
-    return temperature**2 * total_variation_from_log_probs(student, teacher)
+    return _of_logits(total_variation_from_log_probs, student_logits, teacher_logits, temperature)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -46,12 +45,10 @@ def make_optimizer(module: "DistillationModule") -> dict[str, Any]:
         steps = None if name.startswith("constant") else _steps_of_run(module.trainer, name)
         from transformers import get_scheduler  # PEFT comes with it, which no command line waits for
 
-        scheduler = get_scheduler(name, optimizer, module.warmup_steps, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-    schedule = name(optimizer)
-    config: dict[str, Any] = {"scheduler": schedule}
-    if isinstance(schedule, ReduceLROnPlateau):
-        config["monitor"] = schedule.monitor
+        config = {"scheduler": get_scheduler(name, optimizer, module.warmup_steps, steps), "interval": "step"}
+    else:
+        schedule = name(optimizer)
+        config = {"scheduler": schedule, "monitor": getattr(schedule, "monitor", None)}
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 

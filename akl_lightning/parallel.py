@@ -14,6 +14,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning_utilities import apply_to_collection
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, TensorStorageMetadata, load
@@ -30,6 +31,7 @@ from akl_lightning.frozen import LEFT_OUT
 from akl_lightning.hub import out_of_reach
 from akl_lightning.models.layers import decoder_layers
 from akl_lightning.models.load import Precision, outline_causal_lm
+from akl_lightning.teachers.fingerprint import whole
 
 T = TypeVar("T")
 Wrapped = TypeVar("Wrapped", bound=nn.Module)
@@ -288,15 +290,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gather the state; on ranks other than 0 it is empty."""
         state = optimizer.state_dict()
-        gathered = {
-            name: {key: self._gather(value) for key, value in of.items()} for name, of in state["state"].items()
-        }
-        return {"state": gathered, "param_groups": state["param_groups"]} if self.is_global_zero else {}
+        state["state"] = apply_to_collection(state["state"], torch.Tensor, self._gather)
+        return state if self.is_global_zero else {}
 
-    def _gather(self, value: Any) -> Any:
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        return value.cpu() if isinstance(value, torch.Tensor) and self.is_global_zero else value
+    def _gather(self, value: torch.Tensor) -> torch.Tensor:
+        value = whole(value)
+        return value.cpu() if self.is_global_zero else value
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's shard of each state."""

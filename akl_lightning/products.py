@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 MULTIPLE = 64
 """On CUDA, products with a head whose rows are no multiple of it are several times slower."""
@@ -21,10 +22,7 @@ def resized(tensor: Tensor, rows: int) -> Tensor:
     """The first rows of a tensor, and where it has not so many, zeros; a copy only then."""
     if len(tensor) >= rows:
         return tensor[:rows]
-    longer = tensor.new_empty(rows, *tensor.shape[1:])
-    longer[: len(tensor)] = tensor
-    longer[len(tensor) :] = 0
-    return longer
+    return pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, rows - len(tensor)))
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

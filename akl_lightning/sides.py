@@ -288,7 +288,7 @@ class ModuleHead(Side):
             with torch.no_grad():
                 weight = projection.head(projection.hidden[:1]).T
         super().__init__((projection.hidden, *trained), len(weight))
-        self.head, self.soft_cap = projection.head, projection.soft_cap
+        self.projection = projection
         device = projection.hidden.device.type
         # As it is outside, where the head would be called; the walk is without.
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -297,9 +297,7 @@ class ModuleHead(Side):
     def project(self, chunk: slice, student: Tensor | None) -> Tensor:
         with torch.set_grad_enabled(self.wants_gradient), self.autocast():
             self.hidden = self.inputs[0][chunk].detach().requires_grad_(self.wants_gradient)
-            self.own: Tensor | None = self.head(self.hidden)[:, : self.vocab]
-            if self.soft_cap is not None:
-                self.own = torch.tanh(self.own / self.soft_cap) * self.soft_cap
+            self.own: Tensor | None = replace(self.projection, hidden=self.hidden).logits()[:, : self.vocab]
         return self.logits[: len(self.hidden), : self.vocab].copy_(self.own.detach())
 
     def accumulate(self, chunk: slice, gradient: Tensor) -> None:

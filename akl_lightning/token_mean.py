@@ -98,15 +98,13 @@ class StepMean:
         """
         trainer, device = module.trainer, module.device
         micro_batches, self._micro_batches = self._micro_batches, []
-        losses = [micro_batch.loss.double() for micro_batch in micro_batches]
-        cross_entropies = [micro_batch.cross_entropy.double() for micro_batch in micro_batches]
+        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        for micro_batch in micro_batches:
+            totals[0].add_(micro_batch.loss)
+            totals[1].add_(micro_batch.cross_entropy)
         # Filled on the device: a number that is copied there is waited for.
-        tokens, stop = (
-            torch.full((1,), number, dtype=torch.float64, device=device)
-            for number in (sum(micro_batch.tokens for micro_batch in micro_batches), module.stop_requested)
-        )
-        nothing = tokens.new_zeros(1)
-        totals = torch.cat([_sum(losses, nothing), _sum(cross_entropies, nothing), tokens, stop])
+        totals[2].fill_(sum(micro_batch.tokens for micro_batch in micro_batches))
+        totals[3].fill_(module.stop_requested)
         if trainer.world_size > 1:  # not the strategy's reduce, which waits at a barrier first
             torch.distributed.all_reduce(totals)
         step = Step(trainer.global_step, module.current_epoch, micro_batches, *_on_its_way_to_the_host(totals))
@@ -185,10 +183,6 @@ def scale_(gradients: list[Tensor], factor: Tensor) -> None:
             wide = factor.float().reshape(1)
             for tensor in tensors:
                 (tensor if tensor.dim() else tensor.view(1)).mul_(wide)
-
-
-def _sum(parts: list[Tensor], nothing: Tensor) -> Tensor:
-    return torch.stack(parts).sum(0, keepdim=True) if parts else nothing
 
 
 def _on_its_way_to_the_host(totals: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -24,7 +24,8 @@ from akl_lightning.divergences import ForwardKL
 from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import lay_out
 from akl_lightning.module import DistillationModule
-from akl_lightning.teachers.cache.format import manifest_checksum, sample_digests
+from akl_lightning.teachers.cache.format import manifest_checksum
+from akl_lightning.teachers.cache.samples import sample_digests
 from tests.conftest import QUIET, Bigram, gpt2, write
 from tests.test_models import build
 

@@ -16,14 +16,13 @@ def compare(
     labels: Tensor,
     how: Comparison,
     gradient: Tensor | None = None,
-    alpha: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare student and teacher at every row; see :func:`akl_lightning.kernels.reference.compare`."""
     if student.is_cuda:
         if triton.supports(student, teacher):
-            return triton.compare(student, teacher, labels, how, gradient, alpha=alpha)
+            return triton.compare(student, teacher, labels, how, gradient)
         _say_that_it_is_slow(str(student.dtype), student.shape[-1])
-    return reference.compare(student, teacher, labels, how, gradient, alpha)
+    return reference.compare(student, teacher, labels, how, gradient)
 
 
 @cache

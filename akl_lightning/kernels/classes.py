@@ -21,7 +21,7 @@ from akl_lightning import functional as F
 from akl_lightning import kernels
 from akl_lightning.errors import UsageError
 from akl_lightning.kernels import triton_classes
-from akl_lightning.kernels.pairs import Comparison
+from akl_lightning.kernels.pairs import Comparison, per_row
 
 FLOOR = 30.0
 """A class that one side has no output for is there as likely as exp(-30) times the side's likeliest output, and no
@@ -225,7 +225,6 @@ def compare(
     how: Comparison,
     classes: Classes,
     gradient: Tensor | None = None,
-    alpha: Tensor | None = None,
     pairwise: Callable[..., dict[str, Tensor]] = kernels.compare,
 ) -> dict[str, Tensor]:
     """As :func:`akl_lightning.kernels.compare`, with the divergence and its statistics those of the merged classes.
@@ -237,12 +236,11 @@ def compare(
         how: what is compared; both distributions are softened before they are merged.
         classes: what is merged.
         gradient: gets the gradient with respect to ``student``; may be it.
-        alpha: ``[rows]``, or None.
         pairwise: compares what is merged.
     """
     label = Label(classes.student.place[labels], classes.student.of_output[labels])
     compare_rows = _compare if how.temperature == 1 else _compare_softened
-    return compare_rows(student, teacher.to(student.dtype), label, how, classes, gradient, alpha, pairwise)
+    return compare_rows(student, teacher.to(student.dtype), label, how, classes, gradient, pairwise)
 
 
 class Label(NamedTuple):
@@ -259,7 +257,6 @@ def _compare(
     how: Comparison,
     classes: Classes,
     gradient: Tensor | None,
-    alpha: Tensor | None,
     pairwise: Callable[..., dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Cross entropy is that of the label's class, which comes with the divergence, and that of the label within it."""
@@ -270,8 +267,8 @@ def _compare(
     # A class of one output has nothing to add, nor one that is masked and infinite already.
     within = (in_class - at_label).masked_fill_((in_class == at_label) | (in_class == -torch.inf), 0.0)
     into = None if gradient is None else gradient[:, : classes.width]
-    part = pairwise(student[:, : classes.width], teacher[:, : classes.width], label.of_class, how, into, alpha=alpha)
-    weight = torch.full_like(within, 1 - how.alpha) if alpha is None else (1 - alpha).to(within.dtype)
+    part = pairwise(student[:, : classes.width], teacher[:, : classes.width], label.of_class, how, into)
+    weight = (1 - per_row(how.alpha, student)).to(within.dtype)
     if gradient is not None and shares is not None:
         _spread(gradient, shares, label, weight, classes)
     loss, cross_entropy = part["loss"] + F.weighted(weight, within), part["cross_entropy"] + within
@@ -285,21 +282,18 @@ def _compare_softened(
     how: Comparison,
     classes: Classes,
     gradient: Tensor | None,
-    alpha: Tensor | None,
     pairwise: Callable[..., dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Cross entropy is not softened: it is that of the logits as they were, which costs a copy of them."""
-    if alpha is None:
-        alpha = student.new_full(label.column.shape, how.alpha, dtype=torch.float64)
     own = student.clone()
     own[:, classes.alone :].index_fill_(1, classes.student.empty, -torch.inf)
-    alone = kernels.compare(own, None, label.column, how, None if gradient is None else own, alpha)
+    alone = kernels.compare(own, None, label.column, how, None if gradient is None else own)
     shares = merge(student, classes.student, classes, how.temperature, gradient is not None)
     merge(teacher, classes.teacher, classes, how.temperature, False)
     merged = student[:, : classes.width]
     into = None if gradient is None else merged  # in the precision of the logits: cross entropy's is still to come
-    part = pairwise(merged, teacher[:, : classes.width], label.of_class, how, into, alpha=torch.ones_like(alpha))
-    weight = alpha.to(student.dtype)
+    part = pairwise(merged, teacher[:, : classes.width], label.of_class, how._replace(alpha=1.0), into)
+    weight = per_row(how.alpha, student).to(student.dtype)
     if gradient is not None and shares is not None:
         merged.mul_(weight[:, None]).masked_fill_((weight == 0)[:, None], 0.0)
         _spread(student, shares, label, torch.zeros_like(weight), classes)

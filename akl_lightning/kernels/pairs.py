@@ -41,8 +41,8 @@ class Comparison(NamedTuple):
     constant: float = 0.0
     """The divergence's own: ``forward_weight``, ``beta`` or ``skew``; 0 where it has none."""
 
-    alpha: float = 0.5
-    """Weight of the divergence; cross entropy has the rest."""
+    alpha: float | Tensor = 0.5
+    """Weight of the divergence, for all rows or ``[rows]``; cross entropy has the rest, without a teacher, too."""
 
     temperature: float = 1.0
     """Softens both; the divergence is scaled by its square."""
@@ -52,6 +52,11 @@ class Comparison(NamedTuple):
 
     head_rule: HeadRule = "cover"
     """How the head is cut."""
+
+
+def per_row(alpha: Tensor | float, logits: Tensor) -> Tensor:
+    """A weight as one of each row, ``[rows]``, in float64: 1 minus it is wanted, too, before either is rounded."""
+    return torch.zeros(len(logits), dtype=torch.float64, device=logits.device).add_(alpha)
 
 
 # Where one of the two is exp(-80) of the other, or masked, it has no part in a mean of both: ratios are cut to that, so

@@ -10,7 +10,7 @@ from torch import Tensor
 from akl_lightning import functional as F
 from akl_lightning.head_tail import head_size, membership
 from akl_lightning.kernels import pairs
-from akl_lightning.kernels.pairs import MIXES, PAIRS, Comparison
+from akl_lightning.kernels.pairs import MIXES, PAIRS, STATISTICS, Comparison, per_row
 
 _CACHE_BYTES = 2**21
 """On a CPU, logits are compared in blocks of rows of this size, which stay in its caches from pass to pass."""
@@ -40,7 +40,6 @@ def compare(
     labels: Tensor,
     how: Comparison,
     gradient: Tensor | None = None,
-    alpha: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare student and teacher at every row.
 
@@ -51,67 +50,41 @@ def compare(
         how: what is compared.
         gradient: gets the gradient of the summed loss with respect to the student's logits, ``[rows, vocab]`` in any
             float dtype; may be ``student``. None where none is wanted.
-        alpha: ``[rows]``, the weight of the divergence at each row in place of that of ``how``; without a teacher, too,
-            cross entropy has the rest.
 
     Returns:
         Statistics ``[rows]`` by name: ``loss``, ``divergence``, ``cross_entropy``, ``fkl``, ``rkl``, ``head_gap``,
         ``tail_gap``, ``head_weight``, ``top1_agreement``; without a teacher ``loss`` and ``cross_entropy`` alone.
         ``divergence`` is 0, and has no part in the loss and the gradient, where ``how`` names none.
     """
-    count, rows = len(student), rows_at_a_time(student)
+    count, rows, alpha = len(student), rows_at_a_time(student), per_row(how.alpha, student)
     buffers = 0 if teacher is None else 3 if how.temperature == 1 else 4
     scratch = student.new_empty((buffers, min(rows, count), student.shape[1]))
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[dict[str, Tensor]] = []
     for start in range(0, max(1, count), rows):
         block = slice(start, min(start + rows, count))
         into = None if gradient is None else gradient[block]
-        own = how.alpha if alpha is None else alpha[block]
         if teacher is None:
-            parts.append((_cross_entropy(student[block], labels[block], 0.0 if alpha is None else own, into),))
+            parts.append({"cross_entropy": _cross_entropy(student[block], labels[block], alpha[block], into)})
         else:
             memory, others = scratch[:, : block.stop - start], teacher[block].to(student.dtype)
-            parts.append(_compare(student[block], others, labels[block], how, own, into, memory))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    of_divergence, of_labels = _weights(how.alpha if alpha is None else alpha, student.dtype)
-    if teacher is None:
-        (cross_entropy,) = columns
-        return {
-            "loss": cross_entropy if alpha is None else F.weighted(of_labels, cross_entropy),
-            "cross_entropy": cross_entropy,
-        }
-    divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement = columns
-    return {
-        # Not a plain sum: zero times infinity is zero here, a weight of 0 switches its part off.
-        "loss": F.weighted(of_divergence, divergence) + F.weighted(of_labels, cross_entropy),
-        "divergence": divergence,
-        "cross_entropy": cross_entropy,
-        "fkl": fkl,
-        "rkl": rkl,
-        "head_gap": head_gap,
-        "tail_gap": tail_gap,
-        "head_weight": F.head_weight(head_gap, tail_gap),
-        "top1_agreement": agreement,
-    }
+            values = _compare(student[block], others, labels[block], how, alpha[block], into, memory)
+            parts.append(dict(zip(STATISTICS[1:], values, strict=True)))
+    statistics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # No plain products: zero times infinity is zero here, a weight of 0 switches its part off.
+    loss = F.weighted((1 - alpha).to(student.dtype), statistics["cross_entropy"])
+    if teacher is not None:
+        loss += F.weighted(alpha.to(student.dtype), statistics["divergence"])
+    return {"loss": loss, **statistics}
 
 
-def _weights(alpha: Tensor | float, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor | float, Tensor | float]:
-    """Those of the divergence, times ``scale``, and of cross entropy; rounded last, as numbers are."""
-    if not isinstance(alpha, Tensor):
-        return alpha * scale, 1 - alpha
-    return (alpha * scale).to(dtype), (1 - alpha).to(dtype)
-
-
-def _cross_entropy(student: Tensor, labels: Tensor, alpha: Tensor | float, gradient: Tensor | None) -> Tensor:
+def _cross_entropy(student: Tensor, labels: Tensor, alpha: Tensor, gradient: Tensor | None) -> Tensor:
     at_label = _at_label(student, labels)
     largest = student.amax(-1, keepdim=True)
     probs = student.sub_(largest).exp_()
     total = probs.sum(-1, keepdim=True)
     if gradient is not None:
-        into = torch.div(probs, total, out=_writable(gradient, probs))
-        weight = _per_row(_weights(alpha, student.dtype)[1])
-        if isinstance(weight, Tensor):
-            into.mul_(weight)
+        weight = (1 - alpha).to(student.dtype)[:, None]
+        into = torch.div(probs, total / weight, out=_writable(gradient, probs))
         _finish(into, labels, weight, gradient)
     return (largest.squeeze(-1) - at_label) + total.squeeze(-1).log()
 
@@ -121,11 +94,11 @@ def _compare(
     teacher: Tensor,
     labels: Tensor,
     how: Comparison,
-    alpha: Tensor | float,
+    alpha: Tensor,
     gradient: Tensor | None,
     scratch: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Divergence, cross entropy, FKL, RKL, head gap, tail gap and agreement of a few rows."""
+    """The statistics of a few rows but the loss, in the order of :data:`STATISTICS`."""
     t = how.temperature
     p, q, product = scratch[:3]
     at_label = _at_label(student, labels)
@@ -164,10 +137,7 @@ def _compare(
     a, b = pairs.weights(how, head_gap, tail_gap)
     slope: Tensor | None = None
     # So near its teacher a student gets a gradient whose digits are worth more passes; cross entropy's would hide them.
-    if isinstance(alpha, Tensor):
-        near = bool(fkl[alpha == 1].sum() < _NEAR * (alpha == 1).sum())
-    else:
-        near = alpha == 1 and bool(fkl.sum() < _NEAR * len(fkl))
+    near = bool(fkl[alpha == 1].sum() < _NEAR * (alpha == 1).sum())
     if how.pair is None:
         divergence = torch.zeros_like(fkl)
     elif how.pair in MIXES and regular and not near:
@@ -179,23 +149,24 @@ def _compare(
     if gradient is not None:
         into = _writable(gradient, ratio)
         # By the chain rule, t² times the divergence of logits / t has t times the gradient.
-        scale, weight = (_per_row(x) for x in _weights(alpha, student.dtype, t))
-        if how.pair is None or (not isinstance(alpha, Tensor) and alpha == 0):
+        scale, weight = (part.to(student.dtype)[:, None] for part in (alpha * t, 1 - alpha))
+        if how.pair is None or not alpha.any():
             torch.mul(unsoftened, weight, out=into)
         elif slope is not None:
             slope.addcmul_(q, slope.sum(-1, keepdim=True), value=-1).mul_(scale)
-            _add(slope, unsoftened, weight, into)
+            torch.addcmul(slope, unsoftened, weight, out=into)
         else:
             # FKL's gradient is q - p, RKL's is q * (-ratio - RKL).
             of_fkl, of_rkl = scale * _per_row(a), scale * _per_row(b)
             ratio.mul_(-of_rkl).add_(of_fkl - of_rkl * rkl[:, None] + (weight if t == 1 else 0)).mul_(q)
             torch.addcmul(ratio, p, of_fkl, value=-1, out=into)  # type: ignore[arg-type]  # weights of mixes are tensors
             if t != 1:
-                _add(into, unsoftened, weight, into)
-        if isinstance(alpha, Tensor) and (off := alpha == 0).any():  # zero times anything is 0
+                into.addcmul_(unsoftened, weight)
+        if (off := alpha == 0).any():  # zero times anything is 0
             into[off] = unsoftened[off]
         _finish(into, labels, weight, gradient)
-    return divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, agreement
+    head_weight = F.head_weight(head_gap, tail_gap)
+    return divergence, cross_entropy, fkl, rkl, head_gap, tail_gap, head_weight, agreement
 
 
 def _per_row(weight: Tensor | float) -> Tensor | float:
@@ -221,15 +192,7 @@ def _writable(gradient: Tensor, scratch: Tensor) -> Tensor:
     return gradient if gradient.dtype == scratch.dtype else scratch
 
 
-def _add(a: Tensor, b: Tensor, weight: Tensor | float, out: Tensor) -> None:
-    """``out = a + weight * b``."""
-    if isinstance(weight, Tensor):
-        torch.addcmul(a, b, weight, out=out)
-    else:
-        torch.add(a, b, alpha=weight, out=out)
-
-
-def _finish(result: Tensor, labels: Tensor, weight: Tensor | float, gradient: Tensor) -> None:
+def _finish(result: Tensor, labels: Tensor, weight: Tensor, gradient: Tensor) -> None:
     """Take the weight of cross entropy off at the label, the rest of its gradient, and hand the result over."""
     result.scatter_(-1, labels[:, None], result.gather(-1, labels[:, None]) - weight)
     if result is not gradient:

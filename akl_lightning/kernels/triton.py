@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from akl_lightning.kernels.pairs import STATISTICS, Comparison
+from akl_lightning.kernels.pairs import STATISTICS, Comparison, per_row
 from akl_lightning.kernels.triton_common import INTERPRETED, jit, load, tl, triton
 from akl_lightning.kernels.triton_head import crossing
 from akl_lightning.kernels.triton_pairs import PAIRS
@@ -59,7 +59,6 @@ def compare(
     how: Comparison,
     gradient: Tensor | None = None,
     launch: Launch | None = None,
-    alpha: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare student and teacher row by row.
 
@@ -70,13 +69,11 @@ def compare(
         how: the divergence and its settings.
         gradient: gets the gradient of the summed loss, ``[rows, vocab]``; it may be ``student``.
         launch: how the work is laid out; chosen by the vocabulary where it is None.
-        alpha: ``[rows]``, the weight of the divergence at each row in place of that of ``how``.
 
     Returns:
         ``[rows]`` in float32 for each name of :data:`akl_lightning.criterion.STATISTICS`.
     """
     rows, vocab = student.shape
-    alpha = None if alpha is None else alpha.contiguous()
     out = torch.empty(len(STATISTICS) if teacher is not None else 2, rows, device=student.device)
     names = STATISTICS if teacher is not None else ("loss", "cross_entropy")
     if rows:
@@ -86,16 +83,17 @@ def compare(
         options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if teacher is None:
             _cross_entropy[(rows,)](
-                student, into, labels, out, alpha, vocab, rows, student.stride(0), into.stride(0),
+                student, into, labels, out, per_row(how.alpha, student), vocab, rows, student.stride(0), into.stride(0),
                 GRADIENT=gradient is not None, BLOCK=block, **options,
             )  # fmt: skip
         else:
+            alpha, alphas = (0.0, how.alpha.contiguous()) if isinstance(how.alpha, Tensor) else (how.alpha, None)
             # Sums are kept for each four neighbours where these are in one thread: in aligned rows, read four at once.
             aligned = all(x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in (student, teacher, into))
             _compare[(rows,)](
-                student, teacher, into, labels, out, alpha, vocab, rows,
+                student, teacher, into, labels, out, alphas, vocab, rows,
                 student.stride(0), teacher.stride(0), into.stride(0),
-                how.alpha, how.temperature, _goal(how), int(how.head_rule == "within"), a, b, adaptive,
+                alpha, how.temperature, _goal(how), int(how.head_rule == "within"), a, b, adaptive,
                 PAIR=divergence, SOFTENED=how.temperature != 1, GRADIENT=gradient is not None, BLOCK=block,
                 SUMS=block // 4 if aligned and block == 128 * warps else block, **options,
             )  # fmt: skip
@@ -304,12 +302,8 @@ def _cross_entropy(
             total = tl.zeros([BLOCK], tl.float32)
     mass = tl.sum(total, 0)
     cross_entropy = ref - of_label + tl.log(mass)
-    weight = 1.0
-    loss = cross_entropy
-    if ALPHA is not None:
-        weight = 1 - tl.load(ALPHA + row).to(tl.float32)
-        loss = tl.where(weight == 0, 0.0, weight * cross_entropy)
-    tl.store(OUT + row, loss)
+    weight = 1 - tl.load(ALPHA + row).to(tl.float32)
+    tl.store(OUT + row, tl.where(weight == 0, 0.0, weight * cross_entropy))
     tl.store(OUT + rows + row, cross_entropy)
     if GRADIENT:
         G += row * g_stride

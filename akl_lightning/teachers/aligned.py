@@ -53,7 +53,7 @@ class AlignedTeacher(Teacher):
         pairing: Pairing,
         packing: bool = False,
     ) -> None:
-        self.teacher = teacher
+        self.teacher, self.fingerprint = teacher, teacher.fingerprint
         self.classes = classes
         self.own_tokenizer = tokenizer
         self.pairing = pairing
@@ -70,10 +70,6 @@ class AlignedTeacher(Teacher):
     @property
     def num_parameters(self) -> int | None:
         return self.teacher.num_parameters
-
-    @property
-    def fingerprint(self) -> str | None:
-        return self.teacher.fingerprint
 
     def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
         """The teacher's side of a batch, and where it is aligned with the student's.

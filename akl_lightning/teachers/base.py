@@ -21,24 +21,20 @@ class Teacher(ABC):
     gradient synchronisation, deep copies of SWA and EMA) never meets it.
     """
 
+    fingerprint: str | None = None
+    """What tells the teacher's weights from others, or None where they are not looked at; goes into checkpoints."""
+
+    longest: int | None = None
+    """Tokens of the longest text that it has positions for, or None where that has no bound."""
+
     @property
     @abstractmethod
     def vocab_size(self) -> int | None:
         """Number of outputs, padding included, or None where it is not known."""
 
     @property
-    def description(self) -> str:
-        """What it is, in a few words, for summaries and model cards."""
-        return type(self).__name__
-
-    @property
     def num_parameters(self) -> int | None:
         """How many parameters it has, or None where that is not known."""
-        return None
-
-    @property
-    def fingerprint(self) -> str | None:
-        """What tells the teacher's weights from others, or None where they are not looked at; goes into checkpoints."""
         return None
 
     @property
@@ -47,9 +43,9 @@ class Teacher(ABC):
         return None
 
     @property
-    def longest(self) -> int | None:
-        """Tokens of the longest text that it has positions for, or None where that has no bound."""
-        return None
+    def description(self) -> str:
+        """What it is, in a few words, for summaries and model cards."""
+        return type(self).__name__
 
     def prepare(self, batch: Batch, positions: Tensor) -> dict[str, Any]:
         """What a batch is to carry for :meth:`__call__`, found before the batch goes to the device.

@@ -17,7 +17,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.load import Precision, load_causal_lm, outline_causal_lm
 from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import load_sharded, shard
-from akl_lightning.projection import Logits
+from akl_lightning.projection import Projection
 from akl_lightning.teachers.base import Teacher
 
 
@@ -56,6 +56,7 @@ class LiveTeacher(Teacher):
                 self._unread = source
         if self._unread is None:
             self._model = _frozen(load_causal_lm(source, *self._how), packing)
+        self.longest = self.max_positions
 
     @property
     def model(self) -> SplitModel:
@@ -106,8 +107,6 @@ class LiveTeacher(Teacher):
         """Longest sequence that the model has positions for, or None where it does not say."""
         return self._model.max_positions
 
-    longest = max_positions
-
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
         self._model.check_fits(name, tokenizer, max_length)
 
@@ -121,7 +120,7 @@ class LiveTeacher(Teacher):
         return {}
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, positions: Tensor) -> Logits:
+    def __call__(self, batch: Batch, positions: Tensor) -> Tensor | Projection:
         return self.read().eval()(batch, positions)
 
     def release(self) -> None:

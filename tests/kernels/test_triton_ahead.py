@@ -35,7 +35,7 @@ def registers_and_stack(
     block, warps = kernel._launch(vocab)
     constants: dict[str, Any] = {
         "PAIR": kernel.PAIRS.get(pair), "SOFTENED": softened, "GRADIENT": gradient is not None, "BLOCK": block,
-        "SUMS": block // 4 if aligned else block, **({} if per_row else {"ALPHA": None}),
+        "SUMS": block // 4 if aligned else block, **({} if per_row or not teacher else {"ALPHA": None}),
     }  # fmt: skip
     pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32", "ALPHA": "fp32"}
     divisible = {*ALIGNED, *(IN_ROWS if aligned else ())}

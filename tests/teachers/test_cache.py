@@ -33,8 +33,9 @@ from akl_lightning.divergences import ForwardKL, SkewKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache import reader
-from akl_lightning.teachers.cache.format import file_digest, manifest_checksum, read_manifest, sample_digests
+from akl_lightning.teachers.cache.format import file_digest, manifest_checksum, read_manifest
 from akl_lightning.teachers.cache.reader import CachedTeacher
+from akl_lightning.teachers.cache.samples import sample_digests
 from tests.conftest import PAIRS, QUIET, Bigram, gpt2, write
 
 

@@ -82,23 +82,14 @@ class GroupedIntegers(Codec):
         # By the scale as it is stored; a group of zeros has none.
         y = hidden / peaks.where(peaks > 0, 1)
         codes = y.sign() * (torch.log1p(self.mu * y.abs()) * (self.levels / math.log1p(self.mu)))
-        return {"codes": self.pack(codes.round().clamp(-self.levels, self.levels).to(torch.int8)), "scales": scales}
+        return {"codes": codes.round().clamp(-self.levels, self.levels).to(torch.int8), "scales": scales}
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        scales = parts["scales"].float()
-        codes = self.unpack(parts["codes"])
+        scales, codes = parts["scales"].float(), parts["codes"]
         size = codes.shape[-1]
         y = torch.arange(-self.levels, self.levels + 1, device=codes.device) / self.levels
         values = y.sign() * torch.expm1(y.abs() * math.log1p(self.mu)) / self.mu
         return values[codes.long() + self.levels].mul_(_spread(scales, min(self.group, size), size))
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """Store codes ``[tokens, hidden]``, int8."""
-        return codes
-
-    def unpack(self, stored: Tensor) -> Tensor:
-        """Codes ``[tokens, hidden]``, int8, from what :meth:`pack` gave."""
-        return stored
 
 
 def _spread(scales: Tensor, group: int, size: int) -> Tensor:
@@ -116,14 +107,17 @@ class Int4(GroupedIntegers):
 
     name, group, levels = "int4", 32, 7
 
-    def pack(self, codes: Tensor) -> Tensor:
-        if codes.shape[-1] % 2:
-            raise UsageError(f"int4 stores values in pairs and the hidden size is {codes.shape[-1]}: use int8.")
-        low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-        return low | high << 4
+    def encode(self, hidden: Tensor) -> dict[str, Tensor]:
+        if hidden.shape[-1] % 2:
+            raise UsageError(f"int4 stores values in pairs and the hidden size is {hidden.shape[-1]}: use int8.")
+        parts = super().encode(hidden)
+        low, high = (parts["codes"] + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        return {**parts, "codes": low | high << 4}
 
-    def unpack(self, stored: Tensor) -> Tensor:
-        return torch.stack([stored & 15, stored >> 4], -1).flatten(-2).to(torch.int8) - 8
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        stored = parts["codes"]
+        codes = torch.stack([stored & 15, stored >> 4], -1).flatten(-2).to(torch.int8) - 8
+        return super().decode({**parts, "codes": codes})
 
 
 def find_codec(name: str) -> Codec:

@@ -1,24 +1,21 @@
 """What lies in the folder of a teacher's cache: a manifest, the teacher's output layer, and shards in safetensors.
 
-A sample is found by its content, whatever batch, order or split it comes in.
+One run at a time writes to it, and its files are complete or not there.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from akl_lightning.batch import Batch
-from akl_lightning.checkpoint import atomic_file
+from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.errors import UsageError
-from akl_lightning.models.inputs import CONTENT, OURS
 from akl_lightning.teachers.fingerprint import digest
 
 CACHE_PREFIX = "cache:"
@@ -27,72 +24,8 @@ CACHE_PREFIX = "cache:"
 MANIFEST, HEAD, VERIFIED = "manifest.json", "head.safetensors", ".verified.json"
 FORMAT = 1
 
-UNRECORDED_INPUTS = CONTENT | {"token_type_ids"}
-"""What a cache that does not say what its teacher was given has not been given for certain."""
-
 REWRITE = "copy it again from where it was written, or write it again with akl cache"
 """What helps against a damaged file."""
-
-
-def sample_digests(batch: Batch, positions: Tensor, inputs: Collection[str] | None = ()) -> list[bytes]:
-    """16 bytes per row that stand for its tokens and for which of them are response positions; padding has no part.
-
-    What else the teacher is given of a batch has its part where it is there.
-
-    Args:
-        batch: ``input_ids`` and ``attention_mask``, each ``[batch, length]``.
-        positions: indices into the flattened batch, ``[tokens]``.
-        inputs: names of what else the teacher is given; None for all that is there.
-
-    Raises:
-        UsageError: something of which nobody can tell to which row it belongs.
-
-    >>> ids, mask = torch.tensor([[5, 6, 0], [0, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    >>> one, two = sample_digests({"input_ids": ids, "attention_mask": mask}, torch.tensor([0, 4]))
-    >>> one == two
-    True
-    """
-    marked = 2 * batch["input_ids"].long()
-    marked.view(-1)[positions] += 1
-    marked = marked.cpu().numpy().astype("<i8")
-    masks = batch["attention_mask"].bool().cpu().numpy()
-    hashes = [hashlib.blake2b(row[mask].tobytes(), digest_size=16) for row, mask in zip(marked, masks, strict=True)]
-    for name in sorted(batch.keys() - OURS):
-        if isinstance(value := batch[name], Tensor) and (inputs is None or name in inputs):
-            for sample, rows in zip(hashes, _rows(name, value, masks), strict=True):
-                sample.update(f"{name} {list(rows.shape[1:])}".encode() + rows.tobytes())
-    return [sample.digest() for sample in hashes]
-
-
-def _rows(name: str, value: Tensor, masks: np.ndarray) -> list[np.ndarray]:
-    """What of an entry of the batch belongs to each of its samples."""
-    samples, length = masks.shape
-    content = (value.double() if value.is_floating_point() else value.long()).cpu().numpy()
-    if content.shape[:2] == (samples, length):
-        return [row[mask] for row, mask in zip(content, masks, strict=True)]
-    if content.shape == (samples,):
-        return list(content[:, None])
-    if samples > 1:
-        raise UsageError(
-            f"nobody can tell which part of {name!r}, of shape {list(value.shape)}, belongs to which of the {samples} "
-            "samples of the batch, by which a teacher's cache is kept: give batches of one sample."
-        )
-    return [content]
-
-
-def tokens_per_sample(batch: Batch, positions: Tensor) -> list[int]:
-    """How many response tokens each sample of a batch has.
-
-    >>> tokens_per_sample({"input_ids": torch.zeros(2, 3)}, torch.tensor([0, 4, 5]))
-    [1, 2]
-    """
-    samples, length = batch["input_ids"].shape
-    return torch.bincount(positions // length, minlength=samples).tolist()
-
-
-def as_words(digests: Sequence[bytes]) -> np.ndarray:
-    """Digests as integers, ``[samples, 2]``."""
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -182,3 +115,89 @@ def shard_entry(file: Path, checksum: str, samples: int, tokens: int) -> dict[st
 def shard_name(checksum: str) -> str:
     """A shard is named after its checksum."""
     return f"shard-{checksum[:32]}.safetensors"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def check_is_cache(path: Path) -> None:
+    """Raise :class:`UsageError` where a folder has something else in it than a cache."""
+    others = [file for file in path.glob("*") if not file.name.startswith(".")]
+    if others and not (path / MANIFEST).exists():
+        raise UsageError(f"{path} is not empty and no teacher's cache: give another path.")
+
+
+def check_same(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise :class:`UsageError` where the cache that lies there has another teacher, tokenizer or codec."""
+    if not (path / MANIFEST).exists():
+        return
+    theirs, ours = identity(read_manifest(path)), identity(manifest)
+    differing = [name for name in theirs | ours if theirs.get(name, ("",))[0] != ours.get(name, ("",))[0]]
+    if differing:
+        said = " and ".join(
+            f"{name} ({theirs.get(name, ('', 'none'))[1]} there, {ours.get(name, ('', 'none'))[1]} here)"
+            for name in differing
+        )
+        raise UsageError(f"the cache in {path} has another {said}: give another path.")
+
+
+def reserve(path: Path) -> FileLock:
+    """Make the folder, and let no other run write to it.
+
+    Raises:
+        UsageError: it cannot be made, or another run writes to it.
+    """
+    check_writable(path)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"another run is writing to {path}: wait for it, or give another path.") from error
+    return lock
+
+
+def give_back(path: Path, lock: FileLock) -> None:
+    """Let another run have the folder; where nothing was written to it, none is left."""
+    lock.release()
+    if {file.name for file in path.glob("*")} <= {".lock"}:
+        (path / ".lock").unlink(missing_ok=True)
+        path.rmdir()
+
+
+def begin(path: Path, manifest: dict[str, Any], head: bytes) -> None:
+    """Write what a cache has before its first shard: the manifest, unfinished, and the output layer, if there is one.
+
+    Args:
+        path: the folder, reserved.
+        manifest: as it is at the start.
+        head: content of the output layer's file, empty for none.
+    """
+    for leftover in path.glob(".*.safetensors.*"):  # of a run that was killed in the middle of a shard
+        leftover.unlink()
+    if not (path / MANIFEST).exists():
+        write_manifest(path, manifest)
+    if head and not ((path / HEAD).exists() and file_digest(path / HEAD) == digest(head)):
+        write_file(path / HEAD, head)
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write it to the folder, with its checksum."""
+    sealed = {**manifest, "checksum": manifest_checksum(manifest)}
+    write_file(path / MANIFEST, json.dumps(sealed, indent=2).encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of the cache.
+
+    Raises:
+        UsageError: the disk is full.
+    """
+    try:
+        with atomic_file(path) as file:
+            file.write_bytes(content)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path} ({error.strerror}): make room and run the same command again, it goes on behind the "
+            "last complete shard."
+        ) from error

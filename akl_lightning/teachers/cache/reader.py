@@ -26,17 +26,14 @@ from akl_lightning.teachers.cache.codecs import find_codec
 from akl_lightning.teachers.cache.format import (
     HEAD,
     REWRITE,
-    UNRECORDED_INPUTS,
-    as_words,
     file_digest,
     file_state,
     open_shard,
     read_manifest,
     remember_unchanged,
-    sample_digests,
-    tokens_per_sample,
     unchanged_files,
 )
+from akl_lightning.teachers.cache.samples import DIGEST, UNRECORDED_INPUTS, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.top_k import decode_top_k
 from akl_lightning.teachers.fingerprint import tokenizer_digests
 
@@ -67,14 +64,15 @@ class CachedTeacher(Teacher):
                 raise UsageError(f"{file} is damaged, it has {size} bytes instead of {entry['bytes']}: {REWRITE}.")
         self._shards = [open_shard(self.path / shard["file"]) for shard in self.manifest["shards"]]
         self._names = [name for name in self._shards[0] if name not in ("digests", "offsets")]
-        # Sorted by the first half of the digest, which all but decides.
-        words = np.concatenate([shard["digests"].numpy().view("<u8") for shard in self._shards])
-        order = np.argsort(words[:, 0], kind="stable")
-        counts = [len(shard["digests"]) for shard in self._shards]
-        self._words = words[order]
-        self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
-        self._row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
+        self._starts = np.cumsum([0, *(len(shard["digests"]) for shard in self._shards)])
+        digests = np.concatenate([shard["digests"].numpy().view(DIGEST)[:, 0] for shard in self._shards])
+        self._order = np.argsort(digests, kind="stable")  # numbers of samples, counted over all shards
+        self._digests = digests[self._order]
 
+        self.fingerprint = self.manifest["teacher"]["weights"]
+        self.longest = self.manifest["data"].get("longest")
+        self.max_positions: int | None = self.manifest["data"]["max_length"]
+        """Tokens of the longest sample that the cache may hold, or None where that is not known."""
         self.top_k, self.soft_cap = self.manifest["top_k"], self.manifest["soft_cap"]
         self._inputs: Collection[str] | None = self.manifest.get("inputs", UNRECORDED_INPUTS)
         self.head: nn.Module | None = None
@@ -99,24 +97,11 @@ class CachedTeacher(Teacher):
     def vocab_size(self) -> int:
         return self.manifest["vocab_size"]
 
-    @property
-    def max_positions(self) -> int | None:
-        """Tokens of the longest sample that the cache may hold, or None where that is not known."""
-        return self.manifest["data"]["max_length"]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["teacher"]["weights"]
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The one beside the teacher, where that is still the one that the cache was made with."""
         found = tokenizer_of(self.manifest["teacher"]["name"])
         return found if found is not None and tokenizer_digests(found) == self.manifest["tokenizer"] else None
-
-    @property
-    def longest(self) -> int | None:
-        return self.manifest["data"].get("longest")
 
     def to(self, device: torch.device) -> Self:
         if device.type != "meta" and self.head is not None:
@@ -129,16 +114,15 @@ class CachedTeacher(Teacher):
         Raises:
             UsageError: one of them is not in the cache.
         """
-        places, missing = self._find(batch, positions)
+        samples, missing = self._find(batch, positions)
         if missing:
-            raise UsageError(self._lacks(batch, missing, f"{len(missing)} of {len(places)} samples of this batch"))
-        slices = []
-        for place in places:
-            if place >= 0:
-                shard, row = self._shards[self._shard_of[place]], self._row_of[place]
-                start, stop = shard["offsets"][row : row + 2].tolist()
-                slices.append((shard, slice(start, stop)))
-        slices = slices or [(self._shards[0], slice(0, 0))]
+            what = f"{len(missing)} of {len(batch['input_ids'])} samples of this batch"
+            raise UsageError(self._lacks(batch, missing, what))
+        slices = [(self._shards[0], slice(0, 0))]
+        for sample, number in zip(samples, np.searchsorted(self._starts, samples, "right") - 1, strict=True):
+            shard, row = self._shards[number], sample - self._starts[number]
+            start, stop = shard["offsets"][row : row + 2].tolist()
+            slices.append((shard, slice(start, stop)))
         parts = {name: torch.cat([shard[name][rows] for shard, rows in slices]) for name in self._names}
         # Pinned, so that their way to the device is not waited for.
         return {
@@ -154,29 +138,19 @@ class CachedTeacher(Teacher):
             return decode_top_k(parts, self.vocab_size)
         return Projection(self.codec.decode(parts), self.head, self.soft_cap)
 
-    def _find(self, batch: Batch, positions: Tensor) -> tuple[list[int], list[int]]:
-        """Place of each sample in the index, -1 where it has no response token; samples that are not in the cache."""
-        counts = tokens_per_sample(batch, positions)
-        places, missing = [-1] * len(counts), []
+    def _find(self, batch: Batch, positions: Tensor) -> tuple[np.ndarray, list[int]]:
+        """Numbers in the cache of the samples that have response tokens; rows of those that are not in it."""
         odd = () if self._inputs is None else sorted((CONTENT & batch.keys()) - set(self._inputs))
         if odd:
             raise UsageError(
                 f"the batch has {odd[0]!r}, which the teacher of the cache {self.path} cannot be given: leave it out "
                 "of the batch, or cache a teacher that knows it."
             )
-        wanted = as_words(sample_digests(batch, positions, self._inputs))
-        first = np.searchsorted(self._words[:, 0], wanted[:, 0])
-        for sample, (count, place, words) in enumerate(zip(counts, first.tolist(), wanted, strict=True)):
-            if not count:
-                continue
-            while place < len(self._words) and self._words[place, 0] == words[0]:
-                if self._words[place, 1] == words[1]:
-                    places[sample] = place
-                    break
-                place += 1
-            else:
-                missing.append(sample)
-        return places, missing
+        wanted = np.array(sample_digests(batch, positions, self._inputs), DIGEST)
+        has_tokens = np.array(tokens_per_sample(batch, positions)) > 0
+        places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
+        is_here = self._digests[places] == wanted
+        return self._order[places[has_tokens & is_here]], np.flatnonzero(has_tokens & ~is_here).tolist()
 
     def _lacks(self, batch: Batch, missing: list[int], what: str) -> str:
         row = missing[0]
@@ -199,11 +173,12 @@ class CachedTeacher(Teacher):
         written = self.manifest["tokenizer"]
         if tokenizer is None or written is None:
             return
-        if differing := _differences(written, tokenizer_digests(tokenizer)):
+        here = tokenizer_digests(tokenizer)
+        if differing := [name for name in written | here if written.get(name) != here.get(name)]:
             raise UsageError(
-                f"the cache {self.path} was made with another tokenizer than the data's, its {differing} differs: "
-                "give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has one of its own, or "
-                "write a cache with this one."
+                f"the cache {self.path} was made with another tokenizer than the data's, its {' and '.join(differing)} "
+                "differs: give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has one "
+                "of its own, or write a cache with this one."
             )
 
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
@@ -244,8 +219,8 @@ class CachedTeacher(Teacher):
         total, lacking, example = 0, 0, None
         for batch in map(teacher_side, batches):
             positions, _ = criterion.response_positions(batch["labels"])
-            places, missing = self._find(batch, positions)
-            total, lacking = total + len(places), lacking + len(missing)
+            _, missing = self._find(batch, positions)
+            total, lacking = total + len(batch["input_ids"]), lacking + len(missing)
             if missing and example is None:
                 example = batch, missing
         if example:
@@ -284,14 +259,8 @@ def shows_progress(trainer: Trainer) -> bool:
 
 
 def _head(tensors: dict[str, Tensor]) -> nn.Linear:
-    weight, bias = tensors["weight"], tensors.get("bias")
+    outputs, hidden = tensors["weight"].shape
     with torch.device("meta"):
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    head.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        head.bias = nn.Parameter(bias, requires_grad=False)
-    return head
-
-
-def _differences(written: dict[str, str], here: dict[str, str]) -> str:
-    return " and ".join(name for name in written | here if written.get(name) != here.get(name))
+        head = nn.Linear(hidden, outputs, "bias" in tensors)
+    head.load_state_dict(tensors, assign=True)
+    return head.requires_grad_(False)

@@ -1,8 +1,9 @@
 """All splits of the data for one walk over them, each sample once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -37,13 +38,11 @@ class EverySplit(LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader]:
         """The loaders of all splits."""
         if not isinstance(self.data, LightningDataModule):
-            return self.data if isinstance(self.data, list) else [self.data]
+            return CombinedLoader(self.data).flattened
         loaders: list[DataLoader] = []
         for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
             if is_overridden(name, self.data, LightningDataModule):
-                given = getattr(self.data, name)()
-                given = list(given.values()) if isinstance(given, Mapping) else given
-                loaders += given if isinstance(given, list | tuple) else [given]
+                loaders += CombinedLoader(getattr(self.data, name)()).flattened
         return loaders
 
     def batches(self) -> Iterator[tuple[Batch, bool]]:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from akl_lightning.batch import Batch, response_of, teacher_side
@@ -24,22 +25,12 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
-from akl_lightning.projection import Logits, Projection
+from akl_lightning.projection import Projection
 from akl_lightning.teachers.aligned import read_by_teacher
-from akl_lightning.teachers.cache import folder
+from akl_lightning.teachers.cache import format as folder
 from akl_lightning.teachers.cache.codecs import find_codec
-from akl_lightning.teachers.cache.format import (
-    FORMAT,
-    HEAD,
-    as_words,
-    file_digest,
-    open_shard,
-    sample_digests,
-    shard_entry,
-    shard_name,
-    tokens_per_sample,
-)
 from akl_lightning.teachers.cache.reader import shows_progress
+from akl_lightning.teachers.cache.samples import DIGEST, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.splits import Data, EverySplit
 from akl_lightning.teachers.cache.top_k import encode_top_k
 from akl_lightning.teachers.fingerprint import digest, hub_revision, tokenizer_digests, weights_digest, whole
@@ -104,11 +95,8 @@ class CacheWriter(LightningModule):
         """Look at the teacher, the folder, and the shards that are there."""
         # A second call has nothing of the first one's.
         self._known: set[bytes] = set()  # samples in complete shards, and those that this process has encoded
-        self._complete: list[dict[str, Any]] = []  # entries of the shards that were there, on every rank alike
-        self._written: list[dict[str, Any]] = []  # entries of the shards that this process has written
-        self._digests: list[bytes] = []  # of the shard to come
-        self._counts: list[int] = []
-        self._parts: list[dict[str, Tensor]] = []
+        self._shards: list[dict[str, Any]] = []  # entries of those that this process has checked or written
+        self._parts: list[dict[str, Tensor]] = []  # of the shard to come, a batch each
         self._tokens = 0
         self._mistake: Exception | None = None  # of this rank's work
         with ending_together(self.trainer):
@@ -162,7 +150,7 @@ class CacheWriter(LightningModule):
         content = save(head) if head else b""
         self.teacher.release()
         self._manifest: dict[str, Any] = {
-            "format": FORMAT,
+            "format": folder.FORMAT,
             "complete": False,
             "teacher": {
                 "name": self.name,
@@ -176,7 +164,7 @@ class CacheWriter(LightningModule):
             "vocab_size": vocab_size,
             "inputs": None if causal_lm is None else sorted(known_inputs(causal_lm)),
             "soft_cap": logits.soft_cap if isinstance(logits, Projection) else None,
-            "head": {"file": HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
+            "head": {"file": folder.HEAD, "sha256": digest(content), "bytes": len(content)} if head else None,
             "data": {"max_length": facts.max_length, "longest": self.teacher.longest},
             "shards": [],
         }
@@ -186,25 +174,23 @@ class CacheWriter(LightningModule):
         """The logits of a few tokens; whether the model splits is looked at on the way."""
         parameter = next(model.parameters(), torch.empty(0))
         tokens = torch.arange(8, device=parameter.device)[None]
-        logits = self.teacher({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens[0])
-        assert isinstance(logits, Tensor | Projection)
-        return logits
+        return self.teacher({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tokens[0])
 
     def _take_complete_shards(self) -> None:
         """Check every shard that is there, the ranks sharing them out; a damaged one is removed and written again."""
         trainer = self.trainer
         files = sorted(self.path.glob("shard-*.safetensors"))[trainer.global_rank :: trainer.world_size]
-        good = []
+        good: list[bytes] = []
         for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
-            checksum = file_digest(file)
-            if file.name == shard_name(checksum):
-                shard = open_shard(file)
-                entry = shard_entry(file, checksum, len(shard["digests"]), int(shard["offsets"][-1]))
-                good.append((entry, shard["digests"].numpy().tobytes()))
+            checksum = folder.file_digest(file)
+            if file.name == folder.shard_name(checksum):
+                shard = folder.open_shard(file)
+                samples, tokens = len(shard["digests"]), int(shard["offsets"][-1])
+                self._shards.append(folder.shard_entry(file, checksum, samples, tokens))
+                good.append(shard["digests"].numpy().tobytes())
             else:
                 file.unlink()
-        for entry, digests in chain.from_iterable(gather_objects(trainer, good)):
-            self._complete.append(entry)
+        for digests in chain.from_iterable(gather_objects(trainer, good)):
             self._known.update(digests[start : start + 16] for start in range(0, len(digests), 16))
 
     def on_predict_start(self) -> None:
@@ -241,10 +227,8 @@ class CacheWriter(LightningModule):
             for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
                 positions, digests = self._look_at(batch)
                 counts = tokens_per_sample(batch, positions)
-                for digest, count in zip(digests, counts, strict=True):
-                    if count and digest not in seen:
-                        seen.add(digest)
-                        totals += torch.tensor([1, count]) / (1 if is_share else ranks)
+                for row in _unknown(digests, counts, seen):
+                    totals += torch.tensor([1, counts[row]]) / (1 if is_share else ranks)
         totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum")
         samples, tokens = totals.round().long().tolist()
         return samples, tokens
@@ -283,12 +267,7 @@ class CacheWriter(LightningModule):
     def _cache(self, batch: Batch) -> int:
         positions, digests = batch["cached"]
         counts = tokens_per_sample(batch, positions)
-        rows = []
-        for row, (digest_, count) in enumerate(zip(digests, counts, strict=True)):
-            if count and digest_ not in self._known:
-                self._known.add(digest_)
-                rows.append(row)
-        asked = rows
+        asked = rows = _unknown(digests, counts, self._known)
         if self._together and self.trainer.strategy.reduce_boolean_decision(bool(rows), all=False):
             asked = rows or [0]
         if not asked:
@@ -302,10 +281,10 @@ class CacheWriter(LightningModule):
             return 0
         parts = self._encode(logits)
         self.teacher.release()
-        tokens = sum(counts[row] for row in rows)
-        self._digests += [digests[row] for row in rows]
-        self._counts += [counts[row] for row in rows]
-        self._parts.append(parts)
+        lengths = [counts[row] for row in rows]
+        words = np.array([digests[row] for row in rows], DIGEST).view("<i8").reshape(-1, 2)
+        self._parts.append({**parts, "digests": torch.from_numpy(words), "lengths": torch.tensor(lengths)})
+        tokens = sum(lengths)
         self._tokens += tokens
         self._done += tokens
         self._bar.update(min(tokens * self.trainer.world_size, self._bar.total - self._bar.n))
@@ -313,9 +292,8 @@ class CacheWriter(LightningModule):
             self._flush()
         return tokens
 
-    def _encode(self, logits: Logits) -> dict[str, Tensor]:
+    def _encode(self, logits: Tensor | Projection) -> dict[str, Tensor]:
         if self.top_k is not None:
-            assert isinstance(logits, Tensor | Projection)
             parts = encode_top_k(logits, self.top_k)
             finite = not parts["log_probs"].isnan().any()
         else:
@@ -327,16 +305,16 @@ class CacheWriter(LightningModule):
         return {name: part.cpu() for name, part in parts.items()}
 
     def _flush(self) -> None:
-        if not self._digests:
+        if not self._parts:
             return
         tensors = {name: torch.cat([parts[name] for parts in self._parts]) for name in self._parts[0]}
-        tensors["digests"] = torch.from_numpy(as_words(self._digests).view("<i8").copy())
-        tensors["offsets"] = torch.tensor([0, *np.cumsum(self._counts).tolist()])
-        content = save(tensors)
+        lengths = tensors.pop("lengths")
+        content = save({**tensors, "offsets": pad(lengths.cumsum(0), (1, 0))})
         checksum = digest(content)
-        folder.write_file(self.path / shard_name(checksum), content)
-        self._written.append(shard_entry(self.path / shard_name(checksum), checksum, len(self._digests), self._tokens))
-        self._digests, self._counts, self._parts, self._tokens = [], [], [], 0
+        file = self.path / folder.shard_name(checksum)
+        folder.write_file(file, content)
+        self._shards.append(folder.shard_entry(file, checksum, len(lengths), self._tokens))
+        self._parts, self._tokens = [], 0
 
     def on_predict_end(self) -> None:
         """Write the last shard, and the manifest that makes the cache a finished one."""
@@ -344,7 +322,7 @@ class CacheWriter(LightningModule):
             if self._mistake is not None:
                 raise self._mistake
             self._flush()
-        shards = [*self._complete, *chain.from_iterable(gather_objects(self.trainer, self._written))]
+        shards = list(chain.from_iterable(gather_objects(self.trainer, self._shards)))
         done = sum(gather_objects(self.trainer, self._done))
         seconds = time.perf_counter() - self._start
         self._bar.close()
@@ -358,7 +336,7 @@ class CacheWriter(LightningModule):
 
     def _finish(self, shards: list[dict[str, Any]]) -> None:
         shards.sort(key=lambda entry: entry["file"])
-        words = np.concatenate([open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
+        words = np.concatenate([folder.open_shard(self.path / entry["file"])["digests"].numpy() for entry in shards])
         unique = np.unique(words, axis=0)
         self._manifest["data"] |= {
             "samples": len(unique),
@@ -394,6 +372,16 @@ def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
         if trainer.progress_bar_callback is not None:
             trainer.progress_bar_callback.enable()
     return writer.path
+
+
+def _unknown(digests: list[bytes], counts: list[int], known: set[bytes]) -> list[int]:
+    """Rows of the samples with response tokens that are not known yet; they are from now on."""
+    rows = []
+    for row, (of_row, count) in enumerate(zip(digests, counts, strict=True)):
+        if count and of_row not in known:
+            known.add(of_row)
+            rows.append(row)
+    return rows
 
 
 def _said(size: float) -> str:
