@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from akl_lightning.checkpoint import atomic_file, check_writable
-from akl_lightning.data.facts import data_of
+from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.data.files import json_lines
 from akl_lightning.data.messages import content_text
 from akl_lightning.data.module import InstructionDataModule
@@ -24,6 +24,7 @@ from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.models.generation import up_to_end
+from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import ending_together, gather_objects
 
 Record = dict[str, Any]
@@ -96,15 +97,16 @@ class AnswerFile:
                 raise UsageError(f"{self.path} holds answers with {said}: give another path.")
         return found
 
-    def answer(self, indices: list[int], generate: Callable[..., Tensor], ends: Sequence[int]) -> None:
+    def answer(self, indices: list[int], model: SplitModel, generate: Callable[..., Tensor]) -> None:
         """Answer the prompts of a batch that have no answer yet, and write the answers down. Called on every rank.
 
         Args:
             indices: of the samples in the split.
+            model: which answers.
             generate: takes left-padded prompts and settings of ``generate``, gives token ids ``[batch, new_tokens]``.
-            ends: the tokens with which an answer ends.
         """
         data, trainer = prompts_of(self.trainer), self.trainer
+        ends = model.stop_tokens(data.tokenizer, facts_of(data).end_tokens)
         samples = data.splits[self.split]
         rows = {index: samples[index] for index in indices if index != FILLER}
         rows = {index: row for index, row in rows.items() if row["prompt_ids"]}  # a document asks nothing

@@ -75,9 +75,7 @@ class AnswerEvaluation(Callback):
     ) -> None:
         """Answer the prompts of the batch."""
         assert isinstance(pl_module, DistillationModule)
-        facts = facts_of_run(trainer)
-        ends = pl_module.student.stop_tokens(facts.tokenizer, facts.end_tokens)
-        self._file.answer(batch["index"].tolist(), pl_module.generate, ends)
+        self._file.answer(batch["index"].tolist(), pl_module.student, pl_module.generate)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the answers are worth."""
@@ -165,9 +163,7 @@ class AnswerWriter(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Answer the prompts of the batch; how many there are."""
-        facts = facts_of_run(self.trainer)
-        ends = self.language_model.model.stop_tokens(facts.tokenizer, facts.end_tokens)
-        self._file.answer(batch["index"].tolist(), self._generate, ends)
+        self._file.answer(batch["index"].tolist(), self.language_model.model, self._generate)
         return len(batch["index"])
 
     def _generate(self, prompts: Batch, **arguments: Any) -> Tensor:
