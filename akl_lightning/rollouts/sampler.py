@@ -107,8 +107,8 @@ class Sampler:
         with torch.no_grad(), evaluating(self.module.student.model):
             precision = str(trainer.precision_plugin.precision)
             dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-            student = self.whole.now(dtype) if of_student else None
             try:
+                student = self.whole.now(dtype) if of_student else None  # first, as all ranks meet in it
                 self._check_room(tasks)
                 for own, places in sides.items():
                     if places:
