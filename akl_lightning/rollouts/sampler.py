@@ -16,6 +16,7 @@ from akl_lightning.rollouts.batches import Answer, up_to_the_end
 from akl_lightning.rollouts.continuous import ContinuousBatching
 from akl_lightning.rollouts.engines import Engine, GenerateEngine, Weights
 from akl_lightning.rollouts.settings import OnPolicy
+from akl_lightning.rollouts.watch import Watch
 from akl_lightning.rollouts.weights import WholeModel
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -87,12 +88,13 @@ class Sampler:
         known = [limit for limit in positions if limit]
         return min(known) - self.settings.decoding.max_new_tokens if known else None
 
-    def sample(self, tasks: Sequence[Task], responses_from: str) -> list[Answer]:
+    def sample(self, tasks: Sequence[Task], responses_from: str, watch: Watch | None = None) -> list[Answer]:
         """Answer prompts; called on every rank, as each may have a part of the student, and with none, too.
 
         Args:
             tasks: of this rank.
             responses_from: ``student``, ``teacher`` or ``mix``.
+            watch: is shown the answers of all ranks.
 
         Raises:
             EngineError: the engine has failed on some rank.
@@ -118,12 +120,15 @@ class Sampler:
                         answers |= zip(places, found, strict=True)
             except Exception as error:
                 mine = error
-        reasons = [reason for reason in gather_objects(trainer, mine and _in_one_line(mine)) if reason is not None]
-        if reasons:
+        seen = None if watch is None else watch.seen(list(answers.values()))
+        parts = gather_objects(trainer, (mine and _in_one_line(mine), seen))
+        if reasons := [reason for reason, _ in parts if reason is not None]:
             raise EngineError(
                 f"no rollouts at optimizer step {trainer.global_step}, {type(self.engine).__name__} says: {reasons[0]};"
                 " mend that and go on from the last checkpoint, or give another on_policy.engine."
             ) from mine
+        if watch is not None:
+            watch.look([seen for _, seen in parts if seen is not None])
         return [answers[place] for place in range(len(tasks))]
 
     def _teacher(self) -> SplitModel:

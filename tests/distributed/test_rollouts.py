@@ -40,10 +40,13 @@ class Seen(Callback):
 
 
 class Break(Callback):
-    """The end of both ranks after two steps."""
+    """The end of both ranks after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
+        if trainer.global_step == self.after:
             raise KeyError("killed")
 
 
@@ -86,7 +89,7 @@ def fit(folder: Path, out: Path, ckpt_path: Path | None = None, last: bool = Fal
     lora = LoraSettings(rank=2, target_modules=["c_attn"]) if settings.pop("lora", False) else None
     seen = Seen()
     callbacks: list[Callback] = [seen, *([LastCheckpoint(out, every_n_steps=1)] if last else [])]
-    callbacks += [Break()] if settings.pop("breaks", False) else []
+    callbacks += [Break(after)] if (after := settings.pop("breaks", 0)) else []
     quiet = {**QUIET, "enable_checkpointing": last}
     trainer = Trainer(**{**quiet, "max_epochs": 1, **settings, "callbacks": callbacks})
     split = trainer.world_size * trainer.accumulate_grad_batches
@@ -149,9 +152,20 @@ def test_rollouts_that_wait_go_on_on_both_ranks(folder: Path, tmp_path: Path) ->
         out.mkdir()
     settings = {"strategy": "ddp", "refresh_every": 3, "limit_val_batches": 0}
     launch(fit_on_rank, folder, outs[0], settings)
-    launch(fit_on_rank, folder, outs[1], {**settings, "breaks": True, "last": True})
+    launch(fit_on_rank, folder, outs[1], {**settings, "breaks": 2, "last": True})
     launch(fit_on_rank, folder, outs[2], {**settings, "ckpt_path": outs[1] / "last.ckpt"})
-    assert torch.load(outs[1] / "last.ckpt", weights_only=True)["rollouts"]["waiting"]
+    saved = torch.load(outs[1] / "last.ckpt", weights_only=True)["rollouts"]
+    keys = [tuple(entry[:2]) for entry in saved["waiting"]]
+    assert (
+        keys and len(set(keys)) == len(keys) and {step for step, _ in keys} == {2}
+    )  # steps 0 to 2 were sampled at once
+    assert len(saved["watch"]["lengths"]) == len(found(outs[1])[0])  # of both ranks
+    # A run that has gone on keeps no more.
+    again = outs[1].with_name("again")
+    again.mkdir()
+    launch(fit_on_rank, folder, again, {**settings, "ckpt_path": outs[1] / "last.ckpt", "breaks": 3, "last": True})
+    later = torch.load(again / "last.ckpt", weights_only=True)["rollouts"]
+    assert later["waiting"] == [] and later["watch"] == saved["watch"]
     whole, resumed = found(outs[0]), found(outs[2])
     assert resumed[0] == {key: value for key, value in whole[0].items() if key[0] >= 2}
     assert apart(whole[1], resumed[1]) == 0
