@@ -121,7 +121,8 @@ class SplitModel(nn.Module):
         body.compile(dynamic=True)
         self._compiled = True
 
-    def _eagerly(self) -> Any:
+    def eagerly(self) -> Any:
+        """A context without what :meth:`compile_body` has asked for."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
@@ -181,7 +182,7 @@ class SplitModel(nn.Module):
             pad = ends[0] if tokenizer is None or tokenizer.pad_token_id is None else tokenizer.pad_token_id
             settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": pad}
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-        with self._eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
+        with self.eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
             tokens = generate(**inputs, **{**settings, **arguments})
         return tokens[:, prompts["input_ids"].shape[1] :]
 
@@ -299,7 +300,7 @@ class SplitModel(nn.Module):
         """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
         tokens = _longest(batch)[None, :PROBE_TOKENS]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        with evaluating(self.model), self._eagerly():
+        with evaluating(self.model), self.eagerly():
             own, own_router_loss = self.logits(row)[0], self.take_router_loss()
             projection = self.projection(row, torch.arange(tokens.numel(), device=tokens.device))
             logits, loss = projection.head(projection.hidden), self.take_router_loss()
@@ -339,7 +340,7 @@ class SplitModel(nn.Module):
         behaves = bool(self._splits) and not is_recurrent(self.causal_lm)
         if behaves:
             exact = torch.autocast(tokens.device.type, enabled=False)
-            with evaluating(self.model), self._eagerly(), exact:
+            with evaluating(self.model), self.eagerly(), exact:
                 packed = self.projection(rows, among_all, pack(rows)).hidden
                 own = self.projection(alone, positions).hidden
             behaves = not outputs_differ(own, packed, coarse=5e-2)

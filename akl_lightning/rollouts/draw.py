@@ -91,7 +91,10 @@ class Rollouts(OffPolicy):
         self._place: Any = None
         """Where the training loader was behind the last whole optimizer step."""
         self.watch.forget()
-        self.sampler.whole.forget()
+        self.release()
+
+    def release(self) -> None:
+        self.sampler.release()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training

@@ -55,7 +55,7 @@ class Weights(NamedTuple):
 class Engine(ABC):
     """Samples responses. Each process has one, and answers the prompts of its own samples.
 
-    A user's own (another inference engine, another machine) brings these two methods.
+    A user's own (another inference engine, another machine) brings the first two methods.
     """
 
     @abstractmethod
@@ -80,6 +80,9 @@ class Engine(ABC):
             Token ids of a response for each prompt, in their order: up to its first end token, that included, or
             ``max_new_tokens`` of them. Whatever stands behind an end token is dropped by the caller.
         """
+
+    def release(self) -> None:  # noqa: B027 (most keep nothing)
+        """Free what is kept from one call to the next: a run has ended."""
 
 
 class GenerateEngine(Engine):

@@ -65,6 +65,12 @@ class Sampler:
             self._engine = ContinuousBatching() if on_cuda else GenerateEngine()
         return self._engine
 
+    def release(self) -> None:
+        """Free what is kept from one sampling to the next."""
+        if self._engine is not None:
+            self._engine.release()
+        self.whole.forget()
+
     @property
     def ends(self) -> list[int]:
         """Tokens that end a response."""
