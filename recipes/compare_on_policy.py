@@ -8,8 +8,8 @@ TEACHER is the folder that gpt2_distill.py speaks of. For each seed a student is
 each method goes on until the teacher has scored the same number of tokens. Methods are off-policy AKL; on-policy with a
 share of 0.5 and 1 and AKL, FKL, RKL or Jensen-Shannon over the whole vocabulary; and, on rollouts alone, the estimator
 that most tools use: the log-ratio of the one token that was sampled, as a reward of that token. What else differs has
-controls of its own: off-policy without cross entropy, as rollouts have none (alone), and with as many tokens as fit into
-the time that a share of 1 takes (longer).
+controls: off-policy without cross entropy, as rollouts have none (alone), and with as many tokens as fit into the time
+that a share of 1 takes (longer).
 
 It goes on where it was killed, in the middle of a run too. Started several times, with the same output, it shares out
 the runs; whoever comes last writes the report, ``comparison.md``, ``.csv`` and ``.json``.
