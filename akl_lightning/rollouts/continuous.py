@@ -70,7 +70,8 @@ class ContinuousBatching(Engine):
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Sampling, seeds: Sequence[int]) -> list[list[int]]:
         """Answer all of them in one go, with one stream of random numbers that the seeds begin."""
         assert self._weights is not None, "refresh comes first"
-        weights, model = self._weights, self._weights.model.causal_lm
+        weights = self._weights
+        model: Any = weights.model.causal_lm
         settings = GenerationConfig(
             do_sample=True,
             temperature=decoding.temperature,

@@ -71,17 +71,19 @@ class WholeModel:
 
     def _filled(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, adapted: bool) -> SplitModel:
         # An adapter is merged in the weights' own precision, and rounded once.
-        fresh: Any = self._empty(None if adapted else dtype, adapted) if self._copy is None or adapted else None
-        own = dict((self._copy if fresh is None else fresh).model.named_parameters())
+        target: Any = self._copy
+        if target is None or adapted:
+            target = self._empty(None if adapted else dtype, adapted)
+        own = dict(target.model.named_parameters())
         for name, weight in weights:
             if name in own:  # of tied ones the first
                 own[name].copy_(weight)
         if adapted:
-            fresh = SplitModel(fresh.model.merge_and_unload().to(dtype))
+            target = SplitModel(target.model.merge_and_unload().to(dtype))
         if self._copy is None:
-            self._copy = fresh.eval()
-        elif fresh is not None:  # in place, for whoever has noted where they lie
-            for old, new in zip(self._copy.model.parameters(), fresh.model.parameters(), strict=True):
+            self._copy = target.eval()
+        elif target is not self._copy:  # in place, for whoever has noted where they lie
+            for old, new in zip(self._copy.model.parameters(), target.model.parameters(), strict=True):
                 old.copy_(new)
         return self._copy
 
