@@ -61,8 +61,7 @@ class DistillationModule(LightningModule):
     ``val/NAME/...`` (a mapping's key, a list's number from 0); the first as ``val/...``, too, where ``monitor`` looks.
 
     Lightning's own callbacks and tools work with it, but: averages of weights (SWA, EMA) are not taken of a sharded
-    student, the learning-rate finder wants samples not grouped by length, as it compares summed losses, and the
-    batch-size finder searches on one device only, from a data module.
+    student, the learning-rate finder wants samples not grouped by length, the batch-size finder a data module.
 
     Args:
         student: what is trained: a hub name, a local folder, a ``transformers`` config mapping (new weights), some
@@ -80,14 +79,11 @@ class DistillationModule(LightningModule):
         max_new_tokens: length of the answers that :meth:`predict_step` generates.
         trust_remote_code: run Python code that comes with the models.
         lora: train a LoRA adapter of the student alone, through PEFT.
-        teacher_precision: of the weights of a teacher that is no module; auto for the one they are stored in, 8bit and
-            4bit through bitsandbytes.
+        teacher_precision: of the weights of a teacher that is no module; auto for their own, 8bit and 4bit are made.
         attn_implementation: of both models, in the words of ``transformers``; None for its choice.
         compile: run the student's body through ``torch.compile``.
-        packing: run both bodies on the samples of a micro-batch laid into fewer rows, which saves the padding; the
-            samples see nothing of each other.
-        activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass,
-            on any number of devices.
+        packing: lay the samples of a micro-batch into fewer rows, for both bodies; they see nothing of each other.
+        activation_checkpointing: keep only the inputs of the student's layers and run them again in the backward pass.
         save_frozen: keep in checkpoints what is frozen and lies under the student's name; else they hold its digest.
         on_policy: let the student answer some prompts anew in every step, and learn from the teacher on its answers.
         alignment: what is done about a teacher with another tokenizer: compare ``classes`` of tokens where both stand
@@ -354,6 +350,10 @@ class DistillationModule(LightningModule):
             self.reshard()
 
     on_predict_epoch_end = _release
+
+    def teardown(self, stage: str) -> None:
+        """Free what sampling has kept."""
+        self.rollouts.release()
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and its schedule."""

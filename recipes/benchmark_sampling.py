@@ -1,16 +1,17 @@
-"""How fast rollouts are sampled, against transformers' own generate on the same prompts.
+"""How fast rollouts are sampled, against transformers' own generate, and what learning from them costs.
 
     python recipes/benchmark_sampling.py                  # a small GPT-2 on a CPU: 64 prompts, 48 new tokens
     python recipes/benchmark_sampling.py --device cuda    # a student of 0.5B: 256 prompts, 256 new tokens
 
-Models have new weights, and no response ends before its last token, so that everybody samples the same number. On CUDA
-the baseline is a loop over batches of 32, and it is shown, too, what a training step costs apart from sampling: on
-rollouts, and off-policy on the same tokens. Rounds take turns; medians are shown. Nothing is downloaded.
+Models have new weights, and no response ends before its last token, so that everybody samples the same number. The
+baseline is generate on batches of 32 (on a CPU 64), of which as many are timed as there are rounds. The last rows are a
+training step on 16 samples, sampling apart: off-policy, and on rollouts of the same tokens. Nothing is downloaded.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,7 @@ def main(
         device: where.
         prompts: how many; 64 on a CPU, 256 on CUDA.
         new_tokens: of each; 48 on a CPU, 256 on CUDA.
-        rounds: of each contender, after one that is not counted.
+        rounds: of each contender, after one that is not counted; of the generate loop, batches.
         memory: GiB of continuous batching.
     """
     torch.manual_seed(0)
@@ -61,44 +62,68 @@ def main(
     weights = Weights(SplitModel(model), (config.vocab_size + 1,), 0)  # an end that no token is
     at_a_time = 32 if on_cuda else 64
 
-    contenders: dict[str, Callable[[], Any]] = {
-        f"generate, {at_a_time} at a time": lambda: own_generate(model, asked, new_tokens, at_a_time)
-    }
-    engines: dict[str, Engine] = {"GenerateEngine": GenerateEngine()}
-    if on_cuda:
-        engines["ContinuousBatching"] = ContinuousBatching(memory)
-    for name, engine in engines.items():
-        engine.refresh(weights)
-        contenders[name] = lambda engine=engine: engine.generate(asked, Sampling(new_tokens), range(len(asked)))
-    with torch.no_grad():
-        seconds = measured(contenders, rounds, device)
-    console, table = Console(), new_table(("sampling", "seconds", "tokens a second", "× generate"))
-    first = next(iter(seconds.values()))
-    for name, took in seconds.items():
-        table.add_row(name, f"{took:.2f}", f"{prompts * new_tokens / took:,.0f}", f"{first / took:.2f}")
+    engines: dict[str, Engine] = {"GenerateEngine": GenerateEngine(), "ContinuousBatching": ContinuousBatching(memory)}
+    table = Table("", "seconds", "least to most", "tokens/s", "× first", box=SIMPLE, pad_edge=False)
+    for number, column in enumerate(table.columns):
+        column.justify, column.no_wrap = "right" if number else "left", True
+    console = Console()
     console.print(
-        f"{prompts} prompts of 16 to 127 tokens, {new_tokens} new tokens each, {torch.get_num_threads()} threads"
+        f"{prompts} prompts of 16 to 127 tokens, {new_tokens} new tokens each; "
+        f"{torch.cuda.get_device_name() if on_cuda else f'{torch.get_num_threads()} threads'}"
     )
-    console.print(table)
-    steps = training_steps(model, asked, new_tokens)
-    table = new_table(("training part of a step, 16 samples", "seconds", "× off-policy"))
-    seconds = measured(steps, rounds, device)
-    first = next(iter(seconds.values()))
-    for name, took in seconds.items():
-        table.add_row(name, f"{took:.3f}", f"{took / first:.2f}")
+    with console.status("Sampling") as status, torch.no_grad():
+        batches = [asked[start : start + at_a_time] for start in range(0, prompts, at_a_time)]
+        chosen = [batches[number % len(batches)] for number in range(rounds)]
+        own_generate(model, chosen[0], 4)
+        loop = [timed(lambda rows=rows: own_generate(model, rows, new_tokens), device) for rows in chosen]
+        first = add(table, f"generate, {at_a_time} prompts", loop, len(chosen[0]) * new_tokens)
+        for name, engine in engines.items():
+            status.update(name)
+            engine.refresh(weights)
+            answer = partial(engine.generate, asked, Sampling(new_tokens), range(len(asked)))
+            took = [timed(answer, device) for _ in range(rounds + 1)]
+            add(table, f"{name}, first call", took[:1], prompts * new_tokens, first)
+            add(table, f"{name}, later", took[1:], prompts * new_tokens, first)
+            engine.release()
+    table.add_section()
+    with console.status("Training"):
+        first = None
+        for name, step in training_steps(model, asked, new_tokens).items():
+            took = [timed(step, device) for _ in range(rounds + 1)][1:]
+            rate = add(table, f"a training step, {name}", took, 16 * new_tokens, first)
+            first = first or rate
     console.print(table)
 
 
-def own_generate(model: PreTrainedModel, asked: list[list[int]], new_tokens: int, at_a_time: int) -> None:
-    """What one writes without this package: batches in the order of the prompts, padded on the left."""
-    for start in range(0, len(asked), at_a_time):
-        rows = asked[start : start + at_a_time]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens, pad_token_id=0
-        )
+def timed(work: Callable[[], Any], device: str) -> float:
+    """Seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def add(table: Table, name: str, took: list[float], tokens: int, first: float | None = None) -> float:
+    """Add a row of median and spread, and give back its tokens a second, by the median."""
+    middle = statistics.median(took)
+    rate = tokens / middle
+    table.add_row(
+        name, f"{middle:.3f}", f"{min(took):.3f} to {max(took):.3f}", f"{rate:,.0f}", f"{rate / (first or rate):.2f}"
+    )
+    return rate
+
+
+def own_generate(model: PreTrainedModel, rows: list[list[int]], new_tokens: int) -> None:
+    """What one writes without this package: prompts as they come, padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens, pad_token_id=0
+    )
 
 
 def training_steps(model: PreTrainedModel, asked: list[list[int]], new_tokens: int) -> dict[str, Callable[[], Any]]:
@@ -121,29 +146,6 @@ def training_steps(model: PreTrainedModel, asked: list[list[int]], new_tokens: i
         model.zero_grad()
 
     return {"off-policy": lambda: step(None), "on rollouts": lambda: step(alpha)}
-
-
-def measured(contenders: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each; they take turns."""
-    took: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, run in contenders.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            begun = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                took[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(of) for name, of in took.items()}
-
-
-def new_table(headings: tuple[str, ...]) -> Table:
-    table = Table(box=SIMPLE, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    return table
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
 TEACHER is the folder that gpt2_distill.py speaks of. For each seed a student is warmed up off-policy, once; from there
 each method goes on until the teacher has scored the same number of tokens. Methods are off-policy AKL; on-policy with a
 share of 0.5 and 1 and AKL, FKL, RKL or Jensen-Shannon over the whole vocabulary; and, on rollouts alone, the estimator
-that most tools use: the log-ratio of the one token that was sampled, as a reward of that token.
+that most tools use: the log-ratio of the one token that was sampled, as a reward of that token. What else differs has
+controls: off-policy without cross entropy, as rollouts have none (alone), and with as many tokens as fit into the time
+that a share of 1 takes (longer).
 
 It goes on where it was killed, in the middle of a run too. Started several times, with the same output, it shares out
 the runs; whoever comes last writes the report, ``comparison.md``, ``.csv`` and ``.json``.
@@ -24,7 +26,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -51,20 +53,16 @@ from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling
 from akl_lightning.rollouts.draw import Rollouts
 
 RECIPES = Path(__file__).parent
-DIVERGENCES: dict[str, type[Divergence]] = {
-    "akl": AdaptiveKL, "fkl": ForwardKL, "rkl": ReverseKL, "js": JensenShannon,
+DIVERGENCES: dict[str, tuple[str, type[Divergence]]] = {
+    "akl": ("AKL", AdaptiveKL), "fkl": ("FKL", ForwardKL), "rkl": ("RKL", ReverseKL),
+    "js": ("Jensen-Shannon", JensenShannon),
 }  # fmt: skip
-METHODS = (
-    "off_policy_akl",
-    *(f"on_{share}_{name}" for share in ("0.5", "1") for name in DIVERGENCES),
-    "on_1_one_token",
-)
 REFERENCE = "off_policy_akl"
 WARM = "warm start"
-NAMES = {"akl": "AKL", "fkl": "FKL", "rkl": "RKL", "js": "Jensen-Shannon", "one_token": "one-token log-ratio"}
 COLUMNS = {
     "fkl": "FKL", "rkl": "RKL", "own_rkl": "RKL, own responses", "own_entropy": "entropy, own responses",
     "rouge_l": "ROUGE-L", "distinct_2": "distinct-2", "self_bleu": "self-BLEU", "seconds": "seconds",
+    "cpu_seconds": "CPU seconds",
 }  # fmt: skip
 
 
@@ -72,7 +70,7 @@ def main(
     teacher: str,
     setting: Path = RECIPES / "compare_gpt2.yaml",
     output: Path = Path("runs/compare_on_policy"),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     warm_epochs: int = 1,
     scored_tokens: int = 400_000,
@@ -87,7 +85,7 @@ def main(
         teacher: its folder.
         setting: a configuration file for the student and the data.
         output: folder of runs and report.
-        methods: some of those above.
+        methods: some of those above; None for all.
         seeds: of new weights, of the order of the samples and of rollouts.
         warm_epochs: off-policy, with AKL and cross entropy, before each method.
         scored_tokens: response tokens that the teacher scores in each method, after the warm start.
@@ -96,6 +94,7 @@ def main(
         decoding: of the held-out answers.
         accelerator: of the Trainer.
     """
+    methods = list(METHODS) if methods is None else methods
     for name in methods:
         if name not in METHODS:
             raise UsageError(f"there is no method {name!r}: use some of {', '.join(METHODS)}.")
@@ -147,32 +146,72 @@ def one_token(student: Tensor, teacher: Tensor | None, labels: Tensor, gradient:
     return {"loss": loss}
 
 
+class Method(NamedTuple):
+    """One way to learn, after the warm start."""
+
+    title: str
+    divergence: type[Divergence]
+    share: float = 0.0
+    """Of the samples that are answered anew."""
+
+    alpha: float = 0.5
+    """Weight of the divergence on the data's responses."""
+
+    tokens: float = 1.0
+    """Times ``scored_tokens``."""
+
+    kind: type[DistillationModule] = DistillationModule
+
+
+LONGER = 2.7
+"""Tokens that off-policy learns from while a share of 1 samples and learns from one; measured on a CPU core."""
+
+METHODS = {
+    REFERENCE: Method("off-policy, AKL", AdaptiveKL),
+    "off_policy_akl_alone": Method("off-policy, AKL without cross entropy", AdaptiveKL, alpha=1.0),
+    "off_policy_akl_longer": Method(f"off-policy, AKL, {LONGER} × the tokens", AdaptiveKL, tokens=LONGER),
+    "off_policy_akl_alone_longer": Method(
+        f"off-policy, AKL without cross entropy, {LONGER} × the tokens", AdaptiveKL, alpha=1.0, tokens=LONGER
+    ),
+    **{
+        f"on_{share:g}_{name}": Method(f"on-policy, share {share:g}, {called}", divergence, share)
+        for share in (0.5, 1.0)
+        for name, (called, divergence) in DIVERGENCES.items()
+    },
+    "on_1_one_token": Method("on-policy, share 1, one-token log-ratio", ReverseKL, 1.0, kind=OneTokenEstimator),
+}
+
+
 class Budget(Callback):
     """Ends a run when so many response tokens were scored, and counts its seconds; goes on with both."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.scored = 0
-        self.seconds = 0.0
-        self._since = 0.0
+        self.seconds = self.cpu_seconds = 0.0
+        self._since: tuple[float, float] | None = None
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._since = self._since or time.perf_counter()
+        self._since = self._since or (time.perf_counter(), time.process_time())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        assert self._since is not None
         self.scored += outputs["statistics"]["loss"].numel()
-        now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
+        now = time.perf_counter(), time.process_time()
+        self.seconds += now[0] - self._since[0]
+        self.cpu_seconds += now[1] - self._since[1]
+        self._since = now
         trainer.should_stop = self.scored >= self.tokens
 
     def on_validation_end(self, *_: Any) -> None:
-        self._since = 0.0
+        self._since = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scored": self.scored, "seconds": self.seconds}
+        return {"scored": self.scored, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scored, self.seconds = state_dict["scored"], state_dict["seconds"]
+        self.cpu_seconds = state_dict.get("cpu_seconds", math.nan)
 
 
 class Judged(DistillationModule):
@@ -220,8 +259,9 @@ def run(
     if not (folder / "result.json").exists():
         arguments = [*arguments, "--seed_everything", str(seed), "--data.seed", str(seed)]
         arguments += ["--trainer.default_root_dir", str(folder)]
-        budget, last = Budget(settings["scored_tokens"]), LastCheckpoint(folder / "checkpoints", every_n_steps=25)
-        callbacks: list[Callback] = [budget, last]
+        budget = Budget(round(settings["scored_tokens"] * (1.0 if name == WARM else METHODS[name].tokens)))
+        last = LastCheckpoint(folder / "checkpoints", every_n_steps=25)
+        callbacks: list[Callback]
         if name == WARM:
             arguments += ["--trainer.max_epochs", str(settings["warm_epochs"])]
             callbacks = [last]
@@ -233,7 +273,7 @@ def run(
             arguments += ["--model.optimizer.lr", str(settings["learning_rate"])]
             arguments += ["--model.lr_scheduler", "constant_with_warmup", "--model.warmup_steps", "20"]
         case = Case(arguments, callbacks)
-        module = case.model if name == WARM else module_of(name, seed, case, settings)
+        module = case.model if name == WARM else module_of(METHODS[name], seed, case, settings)
         checkpoint = None
         if any((folder / "checkpoints").glob("*.ckpt")):
             checkpoint = str(newest_checkpoint(folder, [folder / "checkpoints"]))
@@ -244,7 +284,7 @@ def run(
                 module.student.model.save_pretrained(unfinished)
                 case.datamodule.tokenizer.save_pretrained(unfinished)
         else:
-            figures |= {"seconds": budget.seconds, "scored_tokens": budget.scored}
+            figures |= {"seconds": budget.seconds, "cpu_seconds": budget.cpu_seconds, "scored_tokens": budget.scored}
             moved = progress.moved
         with atomic_file(folder / "result.json") as file:
             file.write_text(json.dumps(figures, indent=2))
@@ -252,24 +292,15 @@ def run(
     bar.update(1 - moved)
 
 
-def module_of(name: str, seed: int, case: Case, settings: dict[str, Any]) -> DistillationModule:
+def module_of(method: Method, seed: int, case: Case, settings: dict[str, Any]) -> DistillationModule:
     """The module of a method, around the student, the teacher and the optimizer of a case."""
     own = case.model
-    kind: type[DistillationModule] = DistillationModule
-    criterion, share = DistillationCriterion(AdaptiveKL(), alpha=0.5), 0.0
-    if name != REFERENCE:
-        _, given, divergence = name.split("_", 2)
-        share = float(given)
-        if divergence == "one_token":
-            kind, criterion = OneTokenEstimator, DistillationCriterion(ReverseKL(), alpha=0.5)
-        else:
-            criterion = DistillationCriterion(DIVERGENCES[divergence](), alpha=0.5)
     decoding = Sampling(settings["max_new_tokens"])
-    on_policy = OnPolicy(share, decoding, engine=GenerateEngine(), validation_samples=0, seed=seed)
-    return kind(
+    on_policy = OnPolicy(method.share, decoding, engine=GenerateEngine(), validation_samples=0, seed=seed)
+    return method.kind(
         own.student.model,
         settings["teacher"],
-        criterion=criterion,
+        criterion=DistillationCriterion(method.divergence(), alpha=method.alpha),
         optimizer=own.optimizer,
         lr_scheduler=own.lr_scheduler,
         warmup_steps=own.warmup_steps,
@@ -295,14 +326,7 @@ def judged(
 
 
 def title(name: str) -> str:
-    """
-    >>> title("on_0.5_rkl"), title("off_policy_akl")
-    ('on-policy, share 0.5, RKL', 'off-policy, AKL')
-    """
-    if name == WARM:
-        return name
-    _, share, divergence = name.split("_", 2)
-    return f"off-policy, {NAMES[divergence]}" if name == REFERENCE else f"on-policy, share {share}, {NAMES[divergence]}"
+    return name if name == WARM else METHODS[name].title
 
 
 def report(
@@ -331,8 +355,9 @@ def report(
         "",
         f"{len(seeds)} seeds; mean ± standard deviation over seeds, on the held-out split. Each method goes on from "
         f"the warm start of its seed ({settings['warm_epochs']} epochs off-policy) until the teacher has scored "
-        f"{settings['scored_tokens']:,} more tokens. Nats per token; own responses are sampled at temperature 1, the "
-        "same draws for each student; ROUGE-L and self-BLEU in percent. Seconds are those of training alone.",
+        f"{settings['scored_tokens']:,} more tokens, if its name does not say otherwise. Nats per token; own responses "
+        "are sampled at temperature 1, the same draws for each student; ROUGE-L and self-BLEU in percent. Seconds are "
+        "those of training alone.",
         "",
         *markdown(["", *COLUMNS.values()], [
             [title(name), *(spread(values[name][column]) for column in COLUMNS)] for name in names

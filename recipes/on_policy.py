@@ -15,13 +15,13 @@ report is that of gpt2_distill.py, with the share of the time that sampling took
 from pathlib import Path
 from typing import Any
 
-from gpt2_distill import Recipe
 from lightning.pytorch import Trainer
 from rich.console import Console
 
 from akl_lightning.callbacks import DistillationProgressBar
 from akl_lightning.cli import run_command
 from akl_lightning.errors import UsageError
+from akl_lightning.own_teacher import OwnTeacherCLI
 from akl_lightning.rollouts.off import OffPolicy
 from akl_lightning.runs import distill
 
@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
     distill(cli)
 
 
-class OnPolicyRecipe(Recipe):
+class OnPolicyRecipe(OwnTeacherCLI):
     """Adds the warm start's section."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:

@@ -87,6 +87,10 @@ def test_no_recipe_is_imported_and_no_file_is_too_long() -> None:
     for name, path in FILES.items():
         assert not any(other.startswith("recipes") for other in IMPORTED[name])
         assert len(path.read_text().splitlines()) <= 400, f"{path.name} holds more than one idea"
+    recipes = list(ROOT.parent.glob("recipes/*.py"))
+    for path in recipes:
+        found = {other.split(".")[0] for other in imports(ast.parse(path.read_text()).body)}
+        assert not found & {"recipes", *(other.stem for other in recipes)}, f"{path.name} imports a recipe"
 
 
 def test_a_step_is_at_most_nine_frames_deep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
+from akl_lightning.rollouts import ContinuousBatching, Sampling, Weights
 from tests.conftest import QUIET, gpt2
 from tests.test_module import SGD, loader, parameters, samples, stack
 
@@ -34,6 +35,10 @@ for compiled in (False, True):
     module.eval()
     frames = torch._dynamo.utils.counters["frames"]["ok"]
     module.generate(prompts, max_new_tokens=8, do_sample=False)
+    engine = ContinuousBatching(0.01)
+    engine.refresh(Weights(module.student, (0,), 0))
+    engine.generate([[5, 6, 7], [8]], Sampling(8), [1, 2])
+    engine.release()
     assert torch._dynamo.utils.counters["frames"]["ok"] == frames, "answers are not compiled"
 assert frames > 0, "the body is"
 assert list(module.state_dict()) == list(DistillationModule(student, teacher).state_dict())

@@ -50,12 +50,16 @@ class Decoding:
         """
         arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if seed is not None:
-            draw = SeededDraw([seed_of(seed, prompt) for prompt in prompts], self.max_new_tokens)
-            arguments["logits_processor"] = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
-            if self.top_p < 1:
-                arguments["logits_processor"].append(TopPLogitsWarper(self.top_p))
-            arguments["logits_processor"].append(draw)
+            seeds = [seed_of(seed, prompt) for prompt in prompts]
+            arguments["logits_processor"] = draw(seeds, self.max_new_tokens, self.temperature, self.top_p)
         return arguments
+
+
+def draw(seeds: Sequence[int], length: int, temperature: float, top_p: float) -> LogitsProcessorList:
+    """What leaves one token in each row, drawn by the row's own seed."""
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList([*steps, SeededDraw(seeds, length)])
 
 
 class SeededDraw(LogitsProcessor):

@@ -121,7 +121,8 @@ class SplitModel(nn.Module):
         body.compile(dynamic=True)
         self._compiled = True
 
-    def _eagerly(self) -> Any:
+    def eagerly(self) -> Any:
+        """A context without what :meth:`compile_body` has asked for."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def check_fits(self, name: str, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
@@ -179,7 +180,7 @@ class SplitModel(nn.Module):
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
         settings |= ending(self.stop_tokens(tokenizer, end_tokens), tokenizer)
         inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-        with self._eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
+        with self.eagerly(), nullcontext() if self.causal_lm is None else plain_decoding(self.causal_lm):
             tokens = generate(**inputs, **{**settings, **arguments})
         return tokens[:, prompts["input_ids"].shape[1] :]
 
@@ -301,7 +302,7 @@ class SplitModel(nn.Module):
         """Compare head and hidden states with the model's own logits on a few tokens of the batch."""
         tokens = _longest(batch)[None, :PROBE_TOKENS]
         row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        with evaluating(self.model), self._eagerly():
+        with evaluating(self.model), self.eagerly():
             own, own_router_loss = self.logits(row)[0], self.take_router_loss()
             projection = self.projection(row, torch.arange(tokens.numel(), device=tokens.device))
             logits, loss = projection.head(projection.hidden), self.take_router_loss()
@@ -339,7 +340,7 @@ class SplitModel(nn.Module):
         behaves = bool(self._splits) and not is_recurrent(self.causal_lm)
         if behaves:
             exact = torch.autocast(tokens.device.type, enabled=False)
-            with evaluating(self.model), self._eagerly(), exact:
+            with evaluating(self.model), self.eagerly(), exact:
                 packed = self.projection(rows, among_all, pack(rows)).hidden
                 own = self.projection(alone, positions).hidden
             behaves = not outputs_differ(own, packed, coarse=5e-2)

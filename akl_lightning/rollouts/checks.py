@@ -4,7 +4,9 @@ import inspect
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
+from akl_lightning.data.encode import column
 from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
@@ -75,6 +77,24 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     splits = ["train"] * (stage == "fit") + ["validation"] * (rollouts.settings.validation_samples > 0)
     for split in splits:
         data.check_answers_fit(split, setting, tokens, positions)
+    if stage == "fit":
+        _warn_of_monitors(module, data)
+
+
+def _warn_of_monitors(module: "DistillationModule", data: InstructionDataModule) -> None:
+    """Say which callbacks wait for a value that does not come."""
+    learnt = column(data.splits["validation"], "learnt")
+    if not len(learnt) or learnt.any():
+        return
+    assert isinstance(module.rollouts, Rollouts)
+    own = "" if module.rollouts.settings.validation_samples else ", with on_policy.validation_samples above 0"
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None) or ""
+        if monitor.startswith("val/") and monitor != "val/rollout_rkl":
+            rank_zero_warn(
+                f"{type(callback).__name__} watches {monitor}, which has no value where the validation samples are "
+                f"prompts alone: let it watch val/rollout_rkl{own}."
+            )
 
 
 def _check_teacher_answers(module: "DistillationModule") -> None:

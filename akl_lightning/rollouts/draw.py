@@ -44,7 +44,7 @@ class Ahead(NamedTuple):
     until: int
     """The first optimizer step that they are not for."""
 
-    answers: dict[tuple[int | str, str], Answer]
+    answers: dict[tuple[int, str], Answer]
     """By step and sample."""
 
 
@@ -94,7 +94,10 @@ class Rollouts(OffPolicy):
         self._place: Any = None
         """Where the training loader was behind the last whole optimizer step."""
         self.watch.forget()
-        self.sampler.whole.forget()
+        self.release()
+
+    def release(self) -> None:
+        self.sampler.release()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training
@@ -125,7 +128,7 @@ class Rollouts(OffPolicy):
                 coming, until = self._coming(loader, step)
                 answers = self._sample(coming)
                 sampled = sum(len(answer.tokens) for answer in answers)
-                by_task = {(task.step, task.sample): answer for task, answer in zip(coming, answers, strict=True)}
+                by_task = {(int(task.step), task.sample): answer for task, answer in zip(coming, answers, strict=True)}
                 self._ahead = Ahead(epoch, until, by_task)
             found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
         self._clock = Clock(arrived, self._now() - begun, sampled)
@@ -139,7 +142,7 @@ class Rollouts(OffPolicy):
             if watch and sides:
                 counts = [(len(side.aligned) - side.aligned.count(NONE), len(side.aligned)) for side in sides.values()]
                 beyond = sum(len(side.input_ids) == longest or not side.spans for side in sides.values())
-                self.watch.look_at_aligned(counts, beyond, longest)
+                self.watch.add_aligned(counts, beyond, longest)
         return answered(batch, found, self.sampler.pad, ignore_index, sides)
 
     def prepare(self, batch: Batch, response: Response) -> dict[str, Any]:
@@ -149,10 +152,8 @@ class Rollouts(OffPolicy):
 
     def _sample(self, tasks: list[Task]) -> list[Answer]:
         self.broken_off = True
-        answers = self.sampler.sample(tasks, self.settings.responses_from)
+        answers = self.sampler.sample(tasks, self.settings.responses_from, self.watch)
         self.broken_off = False
-        own = [answer for answer in answers if answer.own]
-        self.watch.look([len(answer.tokens) for answer in own], [answer.cut for answer in own])
         return answers
 
     def _chosen(self, samples: Iterable[Sample], step: int | str, share: float | None = None) -> dict[int, Task]:
@@ -343,15 +344,15 @@ class Rollouts(OffPolicy):
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         trainer = self.module.trainer
-        waiting = [[*key, *answer] for key, answer in self._ahead.answers.items()]
-        mine = {"waiting": waiting, "watch": self.watch.state()}
-        parts = gather_objects(trainer, mine)
+        waiting: dict[tuple[int, str], Answer] = {}
+        for part in gather_objects(trainer, self._ahead.answers):
+            waiting |= part  # a rank that has gone on has those of all
         checkpoint["rollouts"] = {
             "settings": self._depends_on(),
             "epoch": self._ahead.epoch,
             "until": self._ahead.until,
-            "waiting": [entry for part in parts for entry in part["waiting"]],
-            "watch": [part["watch"] for part in parts],
+            "waiting": [[*key, *answer] for key, answer in waiting.items() if key[0] >= trainer.global_step],
+            "watch": self.watch.state(),
         }
         if self.broken_off:
             within = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
@@ -364,9 +365,8 @@ class Rollouts(OffPolicy):
         state = checkpoint.get("rollouts")
         if state is None:
             return
-        rank = self.module.trainer.global_rank
-        if rank < len(state["watch"]):
-            self.watch.load(state["watch"][rank])
+        watch = state["watch"]
+        self.watch.load(watch[0] if isinstance(watch, list) else watch)  # once each rank had its own
         if state["settings"] == self._depends_on():
             answers = {(step, sample): Answer(*answer) for step, sample, *answer in state["waiting"]}
             self._ahead = Ahead(state["epoch"], state["until"], answers)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.decoding import SeededDraw
+from akl_lightning.evaluation.decoding import draw
 from akl_lightning.models.split import SplitModel
 
 
@@ -55,7 +54,7 @@ class Weights(NamedTuple):
 class Engine(ABC):
     """Samples responses. Each process has one, and answers the prompts of its own samples.
 
-    A user's own (another inference engine, another machine) brings these two methods.
+    A user's own (another inference engine, another machine) brings the first two methods.
     """
 
     @abstractmethod
@@ -80,6 +79,9 @@ class Engine(ABC):
             Token ids of a response for each prompt, in their order: up to its first end token, that included, or
             ``max_new_tokens`` of them. Whatever stands behind an end token is dropped by the caller.
         """
+
+    def release(self) -> None:  # noqa: B027 (most keep nothing)
+        """Free what is kept from one call to the next: a run has ended."""
 
 
 class GenerateEngine(Engine):
@@ -124,18 +126,10 @@ class GenerateEngine(Engine):
                 max_new_tokens=decoding.max_new_tokens,
                 eos_token_id=list(ends),
                 pad_token_id=pad,
-                logits_processor=_draw(decoding, [seeds[index] for index in chosen]),
+                logits_processor=draw(
+                    [seeds[index] for index in chosen], decoding.max_new_tokens, decoding.temperature, decoding.top_p
+                ),
             )
             for index, answer in zip(chosen, tokens.tolist(), strict=True):
                 answers[index] = answer
         return answers
-
-
-def _draw(decoding: Sampling, seeds: Sequence[int]) -> LogitsProcessorList:
-    """What leaves one token in each row, drawn by the row's own seed."""
-    steps: list[LogitsProcessor] = []
-    if decoding.temperature != 1:
-        steps.append(TemperatureLogitsWarper(decoding.temperature))
-    if decoding.top_p < 1:
-        steps.append(TopPLogitsWarper(decoding.top_p))
-    return LogitsProcessorList([*steps, SeededDraw(seeds, decoding.max_new_tokens)])

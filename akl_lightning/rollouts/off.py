@@ -25,6 +25,9 @@ class OffPolicy:
     def forget(self) -> None:
         """Begin anew, without what a run that was broken off has left."""
 
+    def release(self) -> None:
+        """Free what is kept from one sampling to the next."""
+
     def outline(self, mesh: DeviceMesh | None) -> None:
         """Note what the student looks like before it is sharded."""
 

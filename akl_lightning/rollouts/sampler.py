@@ -16,6 +16,7 @@ from akl_lightning.rollouts.batches import Answer, up_to_the_end
 from akl_lightning.rollouts.continuous import ContinuousBatching
 from akl_lightning.rollouts.engines import Engine, GenerateEngine, Weights
 from akl_lightning.rollouts.settings import OnPolicy
+from akl_lightning.rollouts.watch import Watch
 from akl_lightning.rollouts.weights import WholeModel
 from akl_lightning.teachers.live import LiveTeacher
 
@@ -64,6 +65,12 @@ class Sampler:
             self._engine = ContinuousBatching() if on_cuda else GenerateEngine()
         return self._engine
 
+    def release(self) -> None:
+        """Free what is kept from one sampling to the next."""
+        if self._engine is not None:
+            self._engine.release()
+        self.whole.forget()
+
     @property
     def ends(self) -> list[int]:
         """Tokens that end a response."""
@@ -87,12 +94,13 @@ class Sampler:
         known = [limit for limit in positions if limit]
         return min(known) - self.settings.decoding.max_new_tokens if known else None
 
-    def sample(self, tasks: Sequence[Task], responses_from: str) -> list[Answer]:
+    def sample(self, tasks: Sequence[Task], responses_from: str, watch: Watch | None = None) -> list[Answer]:
         """Answer prompts; called on every rank, as each may have a part of the student, and with none, too.
 
         Args:
             tasks: of this rank.
             responses_from: ``student``, ``teacher`` or ``mix``.
+            watch: is shown the answers of all ranks.
 
         Raises:
             EngineError: the engine has failed on some rank.
@@ -107,8 +115,8 @@ class Sampler:
         with torch.no_grad(), evaluating(self.module.student.model):
             precision = str(trainer.precision_plugin.precision)
             dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-            student = self.whole.now(dtype) if of_student else None
             try:
+                student = self.whole.now(dtype) if of_student else None  # first, as all ranks meet in it
                 self._check_room(tasks)
                 for own, places in sides.items():
                     if places:
@@ -118,12 +126,15 @@ class Sampler:
                         answers |= zip(places, found, strict=True)
             except Exception as error:
                 mine = error
-        reasons = [reason for reason in gather_objects(trainer, mine and _in_one_line(mine)) if reason is not None]
-        if reasons:
+        seen = None if watch is None else watch.seen(list(answers.values()))
+        parts = gather_objects(trainer, (mine and _in_one_line(mine), seen))
+        if reasons := [reason for reason, _ in parts if reason is not None]:
             raise EngineError(
                 f"no rollouts at optimizer step {trainer.global_step}, {type(self.engine).__name__} says: {reasons[0]};"
                 " mend that and go on from the last checkpoint, or give another on_policy.engine."
             ) from mine
+        if watch is not None:
+            watch.look([seen for _, seen in parts if seen is not None])
         return [answers[place] for place in range(len(tasks))]
 
     def _teacher(self) -> SplitModel:

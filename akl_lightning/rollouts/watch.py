@@ -1,6 +1,7 @@
 """What one watches of rollouts: means as torchmetrics, and warnings that name a cause."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -8,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from akl_lightning.metrics import AlignedShare, TokenMean
-from akl_lightning.rollouts.batches import RolloutTokens
+from akl_lightning.rollouts.batches import Answer, RolloutTokens
 
 WINDOW = 64
 """Rollouts that a warning looks back on."""
@@ -80,8 +81,29 @@ def statistics_of(rollouts: RolloutTokens, statistics: dict[str, Tensor]) -> dic
     }
 
 
+class Seen(NamedTuple):
+    """What a rank has seen since the ranks last met."""
+
+    lengths: list[int]
+    """Of the student's new rollouts, in tokens."""
+
+    cut: list[bool]
+    """Whether each was cut off."""
+
+    entropy: float
+    """Summed over the tokens that it has learnt from."""
+
+    tokens: int
+
+    aligned: list[tuple[int, int]]
+    """Of each that a teacher with another tokenizer has read: how many of its tokens are aligned, and of how many."""
+
+    beyond: int
+    """How many of these fill the teacher's positions, or find none."""
+
+
 class Watch:
-    """Warns once of each thing that goes wrong with the student's own rollouts on this rank."""
+    """Warns once of each thing that goes wrong with the student's own rollouts, those of all ranks."""
 
     def __init__(self) -> None:
         self.forget()
@@ -91,12 +113,15 @@ class Watch:
         self._lengths: list[int] = []
         self._cut: list[bool] = []
         self._entropies: list[tuple[Tensor, int]] = []
+        self._entropy, self._tokens = 0.0, 0
+        self._read: list[tuple[int, int]] = []
+        self._beyond, self._positions = 0, 0
         self._aligned: list[tuple[int, int]] = []
         self._start: float | None = None
         self._said: list[str] = []
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on has to know."""
+        """What a run that goes on has to know; the same on all ranks."""
         seen = {"lengths": self._lengths, "cut": self._cut, "aligned": self._aligned}
         return {**seen, "start": self._start, "said": self._said}
 
@@ -115,14 +140,39 @@ class Watch:
         if of_tokens.numel():
             self._entropies.append((of_tokens.sum(), of_tokens.numel()))
 
-    def look(self, lengths: list[int], cut: list[bool]) -> None:
-        """Look at new rollouts, and at what is known of the last ones.
+    def add_aligned(self, aligned: list[tuple[int, int]], beyond: int, positions: int | None) -> None:
+        """Keep what a teacher with another tokenizer has read.
 
         Args:
-            lengths: in tokens.
-            cut: whether each was cut off.
+            aligned: see :class:`Seen`.
+            beyond: likewise.
+            positions: of the teacher; None for any number.
         """
-        self._lengths, self._cut = (self._lengths + lengths)[-WINDOW:], (self._cut + cut)[-WINDOW:]
+        self._read += aligned
+        self._beyond += beyond
+        self._positions = positions or 0
+
+    def seen(self, rollouts: Sequence[Answer]) -> Seen:
+        """What this rank has seen, once.
+
+        Args:
+            rollouts: new ones; the student's own count.
+        """
+        own = [answer for answer in rollouts if answer.own]
+        entropy = float(torch.stack([total for total, _ in self._entropies]).sum()) if self._entropies else 0.0
+        tokens = sum(count for _, count in self._entropies)
+        self._entropies.clear()
+        read, beyond = self._read, self._beyond
+        self._read, self._beyond = [], 0
+        lengths, cut = [len(answer.tokens) for answer in own], [answer.cut for answer in own]
+        return Seen(lengths, cut, entropy, tokens, read, beyond)
+
+    def look(self, ranks: Sequence[Seen]) -> None:
+        """Look at what all ranks have seen."""
+        self._lengths = (self._lengths + [length for seen in ranks for length in seen.lengths])[-WINDOW:]
+        self._cut = (self._cut + [cut for seen in ranks for cut in seen.cut])[-WINDOW:]
+        self._entropy += sum(seen.entropy for seen in ranks)
+        self._tokens += sum(seen.tokens for seen in ranks)
         if len(self._lengths) == WINDOW:
             mean = sum(self._lengths) / WINDOW
             if self._start is None:
@@ -140,10 +190,10 @@ class Watch:
                     f"the last {WINDOW} rollouts were all cut off, so that no end is learnt: raise "
                     "on_policy.decoding.max_new_tokens, or train off-policy first, until the student ends its answers.",
                 )
-        if self._entropies and sum(count for _, count in self._entropies) >= WINDOW:
-            entropy = float(torch.stack([total for total, _ in self._entropies]).sum())
-            entropy /= sum(count for _, count in self._entropies)
-            self._entropies.clear()
+        self._look_at_aligned(ranks)
+        if self._tokens >= WINDOW:
+            entropy = self._entropy / self._tokens
+            self._entropy, self._tokens = 0.0, 0
             if entropy < _SURE:
                 self._say(
                     "sure",
@@ -152,22 +202,16 @@ class Watch:
                     "give a smaller on_policy.share.",
                 )
 
-    def look_at_aligned(self, aligned: list[tuple[int, int]], beyond: int, positions: int | None) -> None:
-        """Look at rollouts that a teacher with another tokenizer has read.
-
-        Args:
-            aligned: of each, how many of its tokens are aligned, and of how many.
-            beyond: how many of them fill the teacher's positions, or find none.
-            positions: of the teacher; None for any number.
-        """
+    def _look_at_aligned(self, ranks: Sequence[Seen]) -> None:
+        aligned = [counts for seen in ranks for counts in seen.aligned]
         self._aligned = (self._aligned + aligned)[-WINDOW:]
-        if beyond:
+        if beyond := sum(seen.beyond for seen in ranks):
             self._say(
                 "beyond",
-                f"{beyond:,} of {len(aligned):,} rollouts fill the {positions:,} positions of the teacher with its own "
-                "tokens, what lies behind is not learnt: lower on_policy.decoding.max_new_tokens.",
+                f"{beyond:,} of {len(aligned):,} rollouts fill the {self._positions:,} positions of the teacher with "
+                "its own tokens, what lies behind is not learnt: lower on_policy.decoding.max_new_tokens.",
             )
-        found, tokens = (sum(numbers) for numbers in zip(*self._aligned, strict=True))
+        found, tokens = (sum(numbers) for numbers in zip((0, 0), *self._aligned, strict=True))
         if len(self._aligned) == WINDOW and found < _APART * tokens:
             self._say(
                 "apart",

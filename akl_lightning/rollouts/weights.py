@@ -5,6 +5,7 @@ costs what it costs in the finished model.
 """
 
 import copy
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,8 @@ class WholeModel:
     def now(self, dtype: torch.dtype | None) -> SplitModel:
         """The student with its weights of now; called on every rank where they are sharded.
 
+        What fails on one rank fails there alone: it has met the others in all that they wait for.
+
         Args:
             dtype: of the products, or None for that of the weights.
         """
@@ -51,42 +54,59 @@ class WholeModel:
         narrower = dtype is not None and any(p.is_floating_point() and p.dtype != dtype for p in parameters)
         if not sharded and (quantised or not (adapted or narrower)):
             return self._student
-        if self._copy is None or adapted:
-            fresh = self._filled(dtype, adapted)
-            if self._copy is None:
-                self._copy = SplitModel(fresh).eval()
-            else:  # in place, for whoever has noted where they lie
-                for own, new in zip(self._copy.model.parameters(), fresh.parameters(), strict=True):
-                    own.copy_(new)
-        else:
-            own = dict(self._copy.model.named_parameters())
-            for name, weight in self._weights():
-                if name in own:  # of tied ones the first
-                    own[name].copy_(weight)
-        return self._copy
+        weights = self._weights()
+        try:
+            return self._filled(weights, dtype, adapted)
+        except Exception as error:
+            self.forget()
+            traceback.clear_frames(error.__traceback__)  # which hold what was copied, and memory may be short
+            for _ in weights:  # the other ranks wait for this one in each
+                pass
+            raise
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight by its name, whole; tied ones under each of their names."""
         for name, parameter in self._student.model.named_parameters(remove_duplicate=False):
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
-    def _filled(self, dtype: torch.dtype | None, adapted: bool) -> nn.Module:
-        outline = _outline_of(self._student.model) if self._outline is None else copy.deepcopy(self._outline)
-        ids = {name: id(p) for name, p in self._student.model.named_parameters(remove_duplicate=False)}
+    def _filled(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, adapted: bool) -> SplitModel:
         # An adapter is merged in the weights' own precision, and rounded once.
-        first = None if adapted else dtype
-        of_parameter: dict[int, nn.Parameter] = {}
-        for name, weight in self._weights():
-            # Tied weights come apart where an adapter of the head is merged, which the embedding has no part in.
-            if adapted or ids[name] not in of_parameter:
-                own = weight.to(first if first is not None and weight.is_floating_point() else weight.dtype, copy=True)
-                of_parameter[ids[name]] = nn.Parameter(own, requires_grad=False)
-            parent, _, last = name.rpartition(".")
-            setattr(outline.get_submodule(parent), last, of_parameter[ids[name]])
-        model: Any = outline.to(next(iter(of_parameter.values())).device)
+        target: Any = self._copy
+        if target is None or adapted:
+            target = self._empty(None if adapted else dtype, adapted)
+        own = dict(target.model.named_parameters())
+        for name, weight in weights:
+            if name in own:  # of tied ones the first
+                own[name].copy_(weight)
         if adapted:
-            model = model.merge_and_unload()
-        return model.to(dtype) if dtype is not None and adapted else model
+            target = SplitModel(target.model.merge_and_unload().to(dtype))
+        if self._copy is None:
+            self._copy = target.eval()
+        elif target is not self._copy:  # in place, for whoever has noted where they lie
+            for old, new in zip(self._copy.model.parameters(), target.model.parameters(), strict=True):
+                old.copy_(new)
+        return self._copy
+
+    def _empty(self, dtype: torch.dtype | None, apart: bool) -> SplitModel:
+        """A copy whose weights are yet to be filled in: the memory that all of it takes, before any is gathered.
+
+        Args:
+            dtype: of floating-point weights; None for their own.
+            apart: give tied weights each their own, as an adapter of the head is merged without the embedding.
+        """
+        model = self._student.model
+        largest = max(model.parameters(), key=Tensor.numel)
+        outline = _outline_of(model) if self._outline is None else copy.deepcopy(self._outline)
+        own: dict[str | int, nn.Parameter] = {}
+        for name, old in model.named_parameters(remove_duplicate=False):
+            key = name if apart else id(old)
+            if key not in own:
+                kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
+                own[key] = nn.Parameter(torch.empty(old.shape, dtype=kind, device=old.device), requires_grad=False)
+            parent, _, last = name.rpartition(".")
+            setattr(outline.get_submodule(parent), last, own[key])
+        torch.empty(largest.shape, dtype=largest.dtype, device=largest.device)  # room for what is gathered beside it
+        return SplitModel(outline.to(largest.device))
 
 
 def _outline_of(model: nn.Module) -> nn.Module:

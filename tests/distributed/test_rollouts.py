@@ -13,6 +13,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.lora import LoraSettings
 from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling
 from akl_lightning.rollouts.batches import samples_of
+from akl_lightning.rollouts.weights import WholeModel
 from tests.conftest import QUIET
 from tests.distributed.training import apart, data_of, launch, module_of, prepare, whole_state
 
@@ -39,10 +40,13 @@ class Seen(Callback):
 
 
 class Break(Callback):
-    """The end of both ranks after two steps."""
+    """The end of both ranks after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
+        if trainer.global_step == self.after:
             raise KeyError("killed")
 
 
@@ -58,16 +62,34 @@ class Failing(GenerateEngine):
         return super().generate(prompts, decoding, seeds)
 
 
+def fail_to_gather(after: int) -> None:
+    """Let the second rank have no memory for its copy of the student, at the third step, with so many weights in it."""
+    whole, calls = WholeModel._filled, []
+
+    def filled(self: WholeModel, weights: Any, *arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3 and torch.distributed.get_rank() == 1:
+            for _ in range(after):
+                next(weights)
+            raise torch.OutOfMemoryError("no room")
+        return whole(self, weights, *arguments)
+
+    WholeModel._filled = filled  # type: ignore[method-assign]  # in a process of its own
+
+
 def fit(folder: Path, out: Path, ckpt_path: Path | None = None, last: bool = False, **settings: Any) -> None:
     torch.manual_seed(0)
-    engine = Failing() if settings.pop("failing", False) else None
+    failing = settings.pop("failing", None)
+    engine = Failing() if failing == "engine" else None
+    if isinstance(failing, int):
+        fail_to_gather(failing)
     on_policy = OnPolicy(
         0.7, Sampling(6), settings.pop("refresh_every", 1), engine=engine, validation_samples=4, seed=2
     )
     lora = LoraSettings(rank=2, target_modules=["c_attn"]) if settings.pop("lora", False) else None
     seen = Seen()
     callbacks: list[Callback] = [seen, *([LastCheckpoint(out, every_n_steps=1)] if last else [])]
-    callbacks += [Break()] if settings.pop("breaks", False) else []
+    callbacks += [Break(after)] if (after := settings.pop("breaks", 0)) else []
     quiet = {**QUIET, "enable_checkpointing": last}
     trainer = Trainer(**{**quiet, "max_epochs": 1, **settings, "callbacks": callbacks})
     split = trainer.world_size * trainer.accumulate_grad_batches
@@ -107,17 +129,19 @@ def test_two_ranks_sample_what_one_does(
     assert rkl == pytest.approx(same_rkl, rel=0.05)  # on samples that each rank takes out of its own
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_an_engine_that_fails_on_one_rank_ends_both_and_nothing_is_lost(
-    folder: Path, tmp_path: Path, strategy: str
+@pytest.mark.parametrize(("strategy", "failing"), [("ddp", "engine"), ("fsdp2", "engine"), ("fsdp2", 0), ("fsdp2", 3)])
+def test_what_fails_on_one_rank_ends_both_and_nothing_is_lost(
+    folder: Path, tmp_path: Path, strategy: str, failing: str | int
 ) -> None:
     outs = [tmp_path / name for name in ("whole", "failed", "resumed")]
     for out in outs:
         out.mkdir()
     settings = {"strategy": strategy, "limit_val_batches": 0}
     launch(fit_on_rank, folder, outs[0], settings)
-    launch(fit_on_rank, folder, outs[1], {**settings, "failing": True, "last": True})
-    assert "no rollouts at optimizer step 2, Failing says: no room" in found(outs[1])[2]
+    launch(fit_on_rank, folder, outs[1], {**settings, "failing": failing, "last": True})
+    for rank in range(2):
+        said = torch.load(outs[1] / f"rank{rank}.pt")[2]
+        assert said.startswith("no rollouts at optimizer step 2, ") and "says: no room; mend that" in said
     launch(fit_on_rank, folder, outs[2], {**settings, "ckpt_path": outs[1] / "last.ckpt"})
     assert apart(found(outs[0])[1], found(outs[2])[1]) == 0
 
@@ -128,9 +152,20 @@ def test_rollouts_that_wait_go_on_on_both_ranks(folder: Path, tmp_path: Path) ->
         out.mkdir()
     settings = {"strategy": "ddp", "refresh_every": 3, "limit_val_batches": 0}
     launch(fit_on_rank, folder, outs[0], settings)
-    launch(fit_on_rank, folder, outs[1], {**settings, "breaks": True, "last": True})
+    launch(fit_on_rank, folder, outs[1], {**settings, "breaks": 2, "last": True})
     launch(fit_on_rank, folder, outs[2], {**settings, "ckpt_path": outs[1] / "last.ckpt"})
-    assert torch.load(outs[1] / "last.ckpt", weights_only=True)["rollouts"]["waiting"]
+    saved = torch.load(outs[1] / "last.ckpt", weights_only=True)["rollouts"]
+    keys = [tuple(entry[:2]) for entry in saved["waiting"]]
+    assert (
+        keys and len(set(keys)) == len(keys) and {step for step, _ in keys} == {2}
+    )  # steps 0 to 2 were sampled at once
+    assert len(saved["watch"]["lengths"]) == len(found(outs[1])[0])  # of both ranks
+    # A run that has gone on keeps no more.
+    again = outs[1].with_name("again")
+    again.mkdir()
+    launch(fit_on_rank, folder, again, {**settings, "ckpt_path": outs[1] / "last.ckpt", "breaks": 3, "last": True})
+    later = torch.load(again / "last.ckpt", weights_only=True)["rollouts"]
+    assert later["waiting"] == [] and later["watch"] == saved["watch"]
     whole, resumed = found(outs[0]), found(outs[2])
     assert resumed[0] == {key: value for key, value in whole[0].items() if key[0] >= 2}
     assert apart(whole[1], resumed[1]) == 0

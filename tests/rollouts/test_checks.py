@@ -2,12 +2,14 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -146,6 +148,32 @@ def test_data_without_a_prompt_to_answer(tokenizer, tmp_path: Path) -> None:
     pairs = lines(tmp_path / "pairs.jsonl", [{"instruction": f"a {number}", "output": "b"} for number in range(8)])
     whole = InstructionDataModule(tokenizer, JsonLines(pairs), learn="everything", max_length=32)
     refused("data.learn everything leaves no prompt to be answered", whole)
+
+
+@pytest.mark.parametrize("samples", [4, 0])
+def test_a_monitor_of_what_prompts_alone_never_have_is_said_before_the_training(
+    tokenizer, tmp_path: Path, samples: int
+) -> None:
+    path = lines(tmp_path / "prompts.jsonl", [{"prompt": f"a {number}"} for number in range(8)])
+    watching = [EarlyStopping("val/loss"), ModelCheckpoint(tmp_path, monitor="val/divergence")]
+    fine = [ModelCheckpoint(tmp_path, monitor="val/rollout_rkl"), ModelCheckpoint(tmp_path, save_last=True)]
+    settings = {**QUIET, "enable_checkpointing": True, "max_steps": 0, "callbacks": [*watching, *fine]}
+
+    def said(path: str) -> list[str]:
+        data = InstructionDataModule(tokenizer, JsonLines(path), batch_size=2, max_length=32, validation_size=2)
+        on_policy = OnPolicy(1.0, Sampling(4), validation_samples=samples)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(**settings).fit(DistillationModule(gpt2(16), gpt2(24), on_policy=on_policy), data)
+        return [str(warning.message) for warning in caught if " watches " in str(warning.message)]
+
+    found = said(path)
+    assert len(found) == 2 and found[0].startswith("EarlyStopping watches val/loss, which has no value")
+    assert found[1].startswith("ModelCheckpoint watches val/divergence")
+    assert all(("val/rollout_rkl." in text) == (samples > 0) for text in found)
+    assert all("on_policy.validation_samples above 0" in text for text in found) == (samples == 0)
+    answered = [{"instruction": f"a {number}", "output": "b"} for number in range(8)]
+    assert said(lines(tmp_path / "pairs.jsonl", answered)) == []
 
 
 def test_a_validation_before_the_fit(tokenizer, tmp_path: Path) -> None:

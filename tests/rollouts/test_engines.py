@@ -61,15 +61,49 @@ def test_continuous_batching_answers_and_leaves_everything_as_it_was(weights: We
     states, attention = torch.get_rng_state(), model.config._attn_implementation
     first = sampled(ContinuousBatching(memory=0.01), weights)
     assert torch.equal(torch.get_rng_state(), states)
-    assert model.config._attn_implementation == attention and not hasattr(model, "_cached_continuous_batching_manager")
+    assert model.config._attn_implementation == attention
     assert len(first) == 4 and all(0 < len(answer) <= 8 for answer in first)
     assert first == sampled(ContinuousBatching(memory=0.01), weights)  # the same refresh
     # The likeliest token is the same, whoever computes it.
     greedy = {"top_p": 1e-6}
-    assert sampled(ContinuousBatching(0.01), weights, **greedy) == [
-        answer[: next((place + 1 for place, token in enumerate(answer) if token in (0, 3)), 8)]
-        for answer in sampled(GenerateEngine(), weights, **greedy)
+    assert sampled(ContinuousBatching(0.01), weights, **greedy) == ends_of(sampled(GenerateEngine(), weights, **greedy))
+
+
+def ends_of(answers: list[list[int]]) -> list[list[int]]:
+    """Up to the first end token."""
+    return [
+        answer[: next((place + 1 for place, token in enumerate(answer) if token in (0, 3)), 8)] for answer in answers
     ]
+
+
+def test_continuous_batching_keeps_what_it_has_made_and_follows_the_weights(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("akl_lightning.rollouts.continuous.PAGE", 4)  # a prompt of two, which could be shared
+    prompts, greedy, engine = (
+        [[5, 6, 7, 8, 9, 10, 11, 12, 13], [8, 9], [1, 2, 3]],
+        {"top_p": 1e-6},
+        ContinuousBatching(0.01),
+    )
+    made = []
+    make = type(weights.model.model).init_continuous_batching
+    managers = lambda model, *args, **more: made.append(make(model, *args, **more)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(type(weights.model.model), "init_continuous_batching", managers)
+    for step in range(3):
+        with torch.inference_mode(step == 0):  # as in a validation before the training
+            found = sampled.__wrapped__(engine, weights, prompts, **greedy)
+        assert found == ends_of(sampled(GenerateEngine(), weights, prompts, **greedy))
+        with torch.no_grad():
+            for parameter in weights.model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    assert made[0] is made[1] is made[2]
+    # The draws are those of an engine that has kept nothing.
+    assert sampled(engine, weights, prompts) == sampled(ContinuousBatching(0.01), weights, prompts)
+    sampled(engine, weights, prompts, **greedy)
+    assert sampled(engine, weights, prompts[::-1] * 2) == sampled(ContinuousBatching(0.01), weights, prompts[::-1] * 2)
+    engine.release()
+    engine.release()
+    copy.deepcopy(weights.model)  # nothing hangs on it
 
 
 def test_too_little_memory_is_said(weights: Weights) -> None:
@@ -87,6 +121,21 @@ def test_nan_is_said(engine: Any, weights: Weights) -> None:
         weights.model.model.transformer.ln_f.weight.fill_(torch.nan)
     with pytest.raises(UsageError, match="gives NaN"):
         sampled(engine, weights)
+
+
+def test_nan_is_said_of_any_prompt_and_an_engine_goes_on_from_better_weights(weights: Weights) -> None:
+    engine = ContinuousBatching(0.01)
+    embedding = weights.model.model.transformer.wte.weight
+    before = embedding[2].detach().clone()
+    with torch.no_grad():
+        embedding[2] = torch.nan  # of the third prompt, and as an output: of all logits
+        weights.model.model.lm_head.weight = torch.nn.Parameter(embedding.nan_to_num().clone())
+    with pytest.raises(UsageError, match="gives NaN"):
+        sampled(engine, weights)
+    assert all(len(answer) for answer in sampled(engine, weights, [[5, 6]], top_p=1e-6))
+    with torch.no_grad():
+        embedding[2] = before
+    assert sampled(engine, weights) == sampled(ContinuousBatching(0.01), weights)
 
 
 # --------------------------------------------------------------------------------------------------------------------
