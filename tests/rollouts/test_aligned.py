@@ -22,6 +22,8 @@ from akl_lightning.errors import UsageError
 from akl_lightning.kernels.classes import FLOOR
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling
+from akl_lightning.rollouts.aligned import sides_of
+from akl_lightning.rollouts.batches import Answer
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.tokenizers.bytes import TokenBytes
 from tests import references
@@ -298,6 +300,9 @@ def test_what_stays_refused_is_refused_by_name(corpus: str, tmp_path: Path, monk
     cached = write(gpt2(24, len(TEACHER), positions=128), tmp_path / "cache", data_of(corpus), codec="bfloat16")
     with pytest.raises(UsageError, match="a cached teacher cannot score rollouts"):
         fit(OnPolicy(0.5, SHORT), data_of(corpus), teacher=cached)
+    batch = {name: torch.zeros(1, 2) for name in ("teacher_input_ids", "teacher_attention_mask")}
+    with pytest.raises(UsageError, match="the batch has no 'teacher_turn'"):
+        sides_of(batch, {0: Answer([1], [2], False, True)}, data_of(corpus).pairing)
     # Before the data are read.
     monkeypatch.setattr(JsonLines, "load", lambda *_: pytest.fail("the data were read"))
     for answers in ("teacher", "mix"):
