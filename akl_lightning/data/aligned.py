@@ -74,6 +74,7 @@ class Pairing:
         self.longest = longest
         self.student = TokenBytes(student.tokenizer, "student")
         self.teacher = TokenBytes(teacher.tokenizer, "teacher")
+        self._leads: dict[tuple[int, tuple[int, ...]], bytes] = {}
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[TeacherSide | str]:
         """The teacher's side of rows of a tokenized split; where there is none, why.
@@ -104,10 +105,7 @@ class Pairing:
         """
         student, teacher = self.chats
         mine = Side(self.student, response, student.end_tokens)
-        leads = [
-            tokens.join(chat.answer(prompt, "a")).removesuffix(b"a")  # what stands before each answer
-            for tokens, chat, prompt in zip((self.student, self.teacher), self.chats, prompts, strict=True)
-        ]
+        leads = [self._lead(side, tuple(prompt[-1:])) for side, prompt in enumerate(prompts)]
         begin = len(leads[0]) if mine.body.startswith(leads[0]) else 0
         text = _begun(mine.body[begin:])
         ids = teacher.answer(prompts[1], text)
@@ -118,6 +116,13 @@ class Pairing:
         aligned = [NONE if n == NONE else first + n for n in align_from(mine, yours, (begin, len(leads[1])))]
         side = self._cut([*prompts[1], *ids], [(first, first + len(ids))], [NO_TURN], aligned)
         return side if isinstance(side, TeacherSide) else TeacherSide(list(prompts[1]), [], [NONE] * len(aligned), [])
+
+    def _lead(self, side: int, last: tuple[int, ...]) -> bytes:
+        """What one of the two says before each answer to a prompt with this last token, if any."""
+        if (side, last) not in self._leads:
+            said = (self.student, self.teacher)[side].join(self.chats[side].answer(last, "a"))
+            self._leads[side, last] = said.removesuffix(b"a")
+        return self._leads[side, last]
 
     def _record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the teacher's template is given: of a document the block that the row is."""

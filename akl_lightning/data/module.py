@@ -38,8 +38,8 @@ class InstructionDataModule(InstructionData, LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load, split and tokenize, once."""
         bounded = self._bound(positions_of(self.trainer.lightning_module)) if self.trainer else False
-        if self._rollouts is not None:
-            self._rollouts.check_data(self, stage)
+        if check := getattr(self._rollouts, "check_data", None):
+            check(self, stage)
         if not self.splits or bounded:
             self.encode()
         train = self.splits["train"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from akl_lightning.batch import Batch
 from akl_lightning.data.aligned import Pairing, TeacherSide
+from akl_lightning.errors import UsageError
 from akl_lightning.rollouts.batches import Answer
 from akl_lightning.tokenizers.alignment import NONE
 
@@ -18,7 +19,15 @@ def sides_of(batch: Batch, answers: Mapping[int, Answer], pairing: Pairing) -> d
         batch: with the teacher's tokens of its samples, see :func:`akl_lightning.data.collate.collate`.
         answers: of some rows.
         pairing: has aligned the samples.
+
+    Raises:
+        UsageError: the batch does not say which of the teacher's tokens belong to which turn.
     """
+    if "teacher_turn" not in batch:
+        raise UsageError(
+            "the batch has no 'teacher_turn', so that nothing tells what the teacher is asked: take an "
+            "InstructionDataModule, or set on_policy.share to 0."
+        )
     sides = {}
     for row, answer in answers.items():
         prompt = teacher_prompt(batch, row, answer.turn)

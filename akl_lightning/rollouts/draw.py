@@ -137,7 +137,7 @@ class Rollouts(OffPolicy):
     def _answered(self, batch: Batch, found: dict[int, Answer], watch: bool = False) -> dict[str, Any]:
         """The batch with answers, which a teacher with another tokenizer is given in its own tokens."""
         ignore_index, teacher, sides = self.module.criterion.ignore_index, self.module.teacher, {}
-        if isinstance(teacher, AlignedTeacher) and "teacher_turn" in batch:
+        if isinstance(teacher, AlignedTeacher) and "teacher_input_ids" in batch:
             sides, longest = sides_of(batch, found, teacher.pairing), teacher.pairing.longest
             if watch and sides:
                 counts = [(len(side.aligned) - side.aligned.count(NONE), len(side.aligned)) for side in sides.values()]

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from akl_lightning.callbacks import LastCheckpoint, SampledAnswers
+from akl_lightning.callbacks import LastCheckpoint, SampledAnswers, answers
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
@@ -22,6 +22,8 @@ from akl_lightning.errors import UsageError
 from akl_lightning.kernels.classes import FLOOR
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling
+from akl_lightning.rollouts.aligned import sides_of
+from akl_lightning.rollouts.batches import Answer
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.tokenizers.bytes import TokenBytes
 from tests import references
@@ -38,12 +40,12 @@ SHORT = Sampling(max_new_tokens=8)
 class Words(GenerateEngine):
     """Says one of some answers, whatever the student would say."""
 
-    def __init__(self, *answers: list[int]) -> None:
+    def __init__(self, *said: list[int]) -> None:
         super().__init__()
-        self.answers = answers
+        self.said = said
 
     def generate(self, prompts: Any, decoding: Any, seeds: Any) -> list[list[int]]:
-        return [self.answers[seed % len(self.answers)] for seed in seeds]
+        return [self.said[seed % len(self.said)] for seed in seeds]
 
 
 def ids(text: str, end: bool = True) -> list[int]:
@@ -268,16 +270,35 @@ def test_what_lies_behind_the_teachers_positions_is_not_learnt_and_said(corpus: 
     assert all(batch["of_teacher"]["input_ids"].shape[1] <= 16 for batch in seen.batches)
 
 
-def test_rollouts_are_shown_with_the_surprise_of_their_classes(corpus: str, tmp_path: Path) -> None:
+def test_rollouts_are_shown_with_the_surprise_of_their_classes(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    drawn: list[Any] = []
+    surprises, draw = answers.surprises, answers.draw_surprise
+    monkeypatch.setattr(answers, "surprises", lambda module, batch: seen.append(batch) or surprises(module, batch))
+    monkeypatch.setattr(answers, "draw_surprise", lambda strips: drawn.extend(strips) or draw(strips))
     on_policy = OnPolicy(0.5, SHORT, engine=Words(ANSWERS[0], ANSWERS[4]))
     logger, callback = CSVLogger(tmp_path), SampledAnswers(3)
     trainer = Trainer(
         **{**QUIET, "logger": logger}, max_epochs=1, limit_train_batches=1, callbacks=[callback], log_every_n_steps=1
     )
-    trainer.fit(module_of(on_policy), data_of(corpus))
+    module = module_of(on_policy)
+    trainer.fit(module, data_of(corpus))
     rows = [json.loads(line) for line in next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()]
     assert len(rows) == 3 and {row["answer"] for row in rows} <= {"the one yes", "theone"}
     assert len(list(tmp_path.rglob("*.png"))) == 1
+    (batch,), teacher = seen, module.teacher
+    assert isinstance(teacher, AlignedTeacher) and len(drawn) == 3
+    columns = teacher.classes.teacher.of_output, teacher.classes.student.of_output
+    for row, strip in enumerate(drawn):
+        with torch.no_grad():
+            logits = teacher.teacher.model.model(batch["teacher_input_ids"][row][None]).logits[0].double()
+        expected = []
+        for place in (batch["labels"][row] != -100).nonzero().flatten().tolist():
+            p = merged(logits[[int(batch["aligned"][row, place]) - 1]], columns[0], teacher.classes.width)
+            expected.append(-p[0, columns[1][batch["labels"][row, place]]].item())
+        assert strip.values == pytest.approx(expected, rel=1e-3) and strip.words[0] == "the"
 
 
 @pytest.mark.parametrize("step", [2, 3])
@@ -298,9 +319,12 @@ def test_what_stays_refused_is_refused_by_name(corpus: str, tmp_path: Path, monk
     cached = write(gpt2(24, len(TEACHER), positions=128), tmp_path / "cache", data_of(corpus), codec="bfloat16")
     with pytest.raises(UsageError, match="a cached teacher cannot score rollouts"):
         fit(OnPolicy(0.5, SHORT), data_of(corpus), teacher=cached)
+    batch = {name: torch.zeros(1, 2) for name in ("teacher_input_ids", "teacher_attention_mask")}
+    with pytest.raises(UsageError, match="the batch has no 'teacher_turn'"):
+        sides_of(batch, {0: Answer([1], [2], False, True)}, data_of(corpus).pairing)
     # Before the data are read.
     monkeypatch.setattr(JsonLines, "load", lambda *_: pytest.fail("the data were read"))
-    for answers in ("teacher", "mix"):
-        match = f"on_policy.responses_from {answers} needs a teacher of the student's tokenizer"
+    for who in ("teacher", "mix"):
+        match = f"on_policy.responses_from {who} needs a teacher of the student's tokenizer"
         with pytest.raises(UsageError, match=match):
-            fit(OnPolicy(0.5, SHORT, responses_from=answers), data_of(corpus))
+            fit(OnPolicy(0.5, SHORT, responses_from=who), data_of(corpus))
