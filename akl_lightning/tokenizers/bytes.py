@@ -117,7 +117,7 @@ class TokenBytes:
         # Some write it at the beginning of a text alone, others behind whatever is no text.
         one = next(iter(added.values()), None)
         again = one is not None and self.join(self.encode(f"{one.content}a")).endswith(b" a")
-        return set(added) if again else {bos} - {None}
+        return set(added) if again else set() if bos is None else {bos}
 
     def __len__(self) -> int:
         return len(self.bytes)

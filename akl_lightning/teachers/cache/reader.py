@@ -202,8 +202,8 @@ class CachedTeacher(Teacher):
         if differing := _differences(written, tokenizer_digests(tokenizer)):
             raise UsageError(
                 f"the cache {self.path} was made with another tokenizer than the data's, its {differing} differs: "
-                "give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has one of its own, "
-                "or write a cache with this one."
+                "give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has another one, or "
+                "write a cache with this one."
             )
 
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
