@@ -202,7 +202,7 @@ class CachedTeacher(Teacher):
         if differing := _differences(written, tokenizer_digests(tokenizer)):
             raise UsageError(
                 f"the cache {self.path} was made with another tokenizer than the data's, its {differing} differs: "
-                "give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has another one, or "
+                "give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has another, or "
                 "write a cache with this one."
             )
 
