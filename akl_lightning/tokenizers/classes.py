@@ -85,7 +85,10 @@ def partition(student: Vocabulary, teacher: Vocabulary) -> Partition:
                 by_bytes[side][of] = node
     shared = by_bytes[0].keys() & by_bytes[1].keys()
     if not shared:
-        raise UsageError("student and teacher share no token of any text: nothing tells how to compare them.")
+        raise UsageError(
+            "student and teacher share no token of any text, by which they could be compared: take a teacher whose "
+            "tokenizer has some of the student's."
+        )
     edges += [(by_bytes[0][of], by_bytes[1][of]) for of in shared]
     for side, other in ((0, 1), (1, 0)):
         alone = [of for of in by_bytes[side] if of not in shared]

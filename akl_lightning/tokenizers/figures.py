@@ -70,7 +70,11 @@ def count_pair(student: Vocabulary, teacher: Vocabulary, classes: Partition, tex
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, role: str) -> Vocabulary:
     """A tokenizer without a model, whose responses end as its own chat template has it."""
     tokens = TokenBytes(tokenizer, role)
-    return Vocabulary(tokens, Chat(tokenizer).end_tokens, len(tokens))
+    try:
+        ends = Chat(tokenizer).end_tokens
+    except UsageError as error:
+        raise UsageError(f"of the {role}'s tokenizer: {error}") from error
+    return Vocabulary(tokens, ends, len(tokens))
 
 
 def compare_tokenizers(teacher: str, student: str, text: Path | None = None, trust_remote_code: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Ways to compare two vocabularies, by hand; and the evidence's two commands on a small teacher."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,17 @@ import torch
 
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers.classes import Partition, Vocabulary
-from recipes.other_tokenizer import error, first_bytes, longest_prefix, shared_and_rest, token_behind, train, vocabulary
+from recipes.other_tokenizer import (
+    PARTITIONS,
+    error,
+    error_at,
+    first_bytes,
+    longest_prefix,
+    shared_and_rest,
+    token_behind,
+    train,
+    vocabulary,
+)
 from tests.conftest import PAIRS, gpt2
 from tests.tokenizers.tiny import END, byte_level
 
@@ -58,11 +69,32 @@ def output(tmp_path: Path) -> Path:
 
 
 def test_the_error_of_each_way(output: Path) -> None:
-    error(output, str(output.parent / "teacher"), ["own1k"], positions=4, samples=8, length=4)
-    lines = (output / "error.md").read_text().splitlines()
+    run = partial(error, output, str(output.parent / "teacher"), ["own1k"], positions=4, samples=8, length=4)
+    run()
+    report, texts = output / "error.md", output / "error/texts.jsonl"
+    lines, drawn = report.read_text().splitlines(), texts.read_text().splitlines()
     assert lines[0].startswith("4 positions, 8 texts of 4 tokens") and len(lines) == 6
     own = [cell.strip() for cell in lines[4].strip("|").split("|")]
-    assert own[0] == "the teacher's own" and len(own) == 6 and own[1] == "4"
+    assert own[0] == "the teacher's own" and len(own) == 7 and own[1] == "4"
+    # One that is killed while it writes goes on, to the same end.
+    texts.write_text("\n".join(drawn[:2]) + "\n" + drawn[2][:9])
+    run()
+    assert texts.read_text().splitlines() == drawn and report.read_text().splitlines() == lines
+    with pytest.raises(UsageError, match="another samples: give another --output"):
+        run(samples=9)
+
+
+def test_the_error_at_a_place() -> None:
+    student, teacher = vocabulary(byte_level(["t h"])), vocabulary(byte_level(["h e"]))
+    ids, end = teacher.tokens.encode, [*teacher.ends]
+    texts = [ids("h."), ids("h."), ids(" b"), end]
+    ways = {way: make(student, teacher) for way, make in PARTITIONS.items()}
+    found = error_at(ids("at"), [*ids(" a"), *end], texts, student, teacher, ways)
+    # For the student "th" is one token: two texts of four have no boundary; of the others one goes on with a space.
+    assert found["none"] == 50 and found["classes_given"] == 0
+    assert found["classes"] == found["rest"] == found["prefix"] == 50
+    assert (found["behind"], found["data"]) == ("at", " a")
+    assert not error_at(ids("at"), [*ids("h"), *end], texts, student, teacher, ways)
 
 
 def test_every_way_is_tried_and_reported(output: Path) -> None:
@@ -76,5 +108,5 @@ def test_every_way_is_tried_and_reported(output: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
     train(output, str(output.parent / "teacher"), ["own1k"], ways, [0, 1], **settings)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("result.json")} == times
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match="another epochs"):
         train(output, str(output.parent / "teacher"), ["own1k"], ways, [0], epochs=2)

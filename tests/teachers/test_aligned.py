@@ -387,6 +387,14 @@ def test_a_cache_holds_the_teachers_side(
         found.append(Trainer(**QUIET).validate(module, fresh, verbose=False)[0])
     assert found[1] == pytest.approx(found[0], rel=2e-2)
     assert found[1]["val/aligned"] == found[0]["val/aligned"] < 1
+    # What is not there is said with the teacher's template, not the student's.
+    apart = {"teacher_tokenizer": teacher_tokenizer, "teacher_template": "{instruction}? "}
+    with pytest.raises(
+        UsageError, match=r"lacks 4 of 4 validation samples.* template 'plain', this run's is '.instruct"
+    ):
+        Trainer(**QUIET).validate(
+            DistillationModule(student, cache), data_of(student_tokenizer, corpus, **apart), verbose=False
+        )
     other = data_of(student_tokenizer, corpus, teacher_tokenizer=byte_level(["n o"], ["<stop>"]))
     with pytest.raises(UsageError, match="another tokenizer"):
         Trainer(**QUIET).validate(DistillationModule(student, cache), other, verbose=False)

@@ -36,6 +36,17 @@ def side_ids(tokenizer: object, text: str) -> list[int]:
     return [*BYTES[id(tokenizer)].encode(text), tokenizer.eos_token_id]
 
 
+def test_a_text_that_no_token_says_is_not_the_same_on_both_sides() -> None:
+    for unknown in ("<unk>", None):  # a token in its place, or none
+        lacking = sentencepiece(["▁", "t"], fallback=False)
+        lacking.backend_tokenizer.model.unk_token = unknown
+        tokens = TokenBytes(lacking, "model")
+        ids = tokens.encode("x")
+        assert tokens.join(ids) in (b"", b" ", b"\xff", b" \xff")
+        sides = [Side(tokens, [*ids, lacking.eos_token_id], [lacking.eos_token_id]) for _ in range(2)]
+        assert align(*sides, "x") is None
+
+
 def test_what_is_cut_off_is_not_aligned() -> None:
     text = "eeee"
     assert align(side(STUDENT, text), side(TEACHER, text, cut=2), text) == [0, 1, NONE, NONE, NONE]

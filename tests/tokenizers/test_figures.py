@@ -57,3 +57,8 @@ def test_shared_tokens_and_classes_of_published_pairs(name: str) -> None:
     assert expected in (None, shared) and found.classes == shared + 2  # the ends and the rest
     counted = count_pair(student, teacher, found, ["Return the path of a file, or None.", "Привет 👍🏽 naïve"])
     assert counted.refused == 0 and 0.6 < counted.aligned / counted.tokens < 1
+
+
+def test_a_tokenizer_without_an_end_is_named() -> None:
+    with pytest.raises(UsageError, match="of the teacher's tokenizer: the tokenizer has no end-of-text token"):
+        vocabulary_of(byte_level(["t h"], []), "teacher")

@@ -177,8 +177,8 @@ class CachedTeacher(Teacher):
         if differing := [name for name in written | here if written.get(name) != here.get(name)]:
             raise UsageError(
                 f"the cache {self.path} was made with another tokenizer than the data's, its {' and '.join(differing)} "
-                "differs: give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has one "
-                "of its own, or write a cache with this one."
+                "differs: give the data the teacher's tokenizer, as data.teacher_tokenizer where the student has "
+                "another, or write a cache with this one."
             )
 
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
@@ -197,7 +197,8 @@ class CachedTeacher(Teacher):
                 f"which nobody knows how a temperature of {criterion.temperature} spreads the rest: set "
                 "model.criterion.temperature to 1, or cache hidden states."
             )
-        data, self._template = data_of(trainer), facts_of_run(trainer).template
+        data, facts = data_of(trainer), facts_of_run(trainer)
+        self._template = facts.template if facts.pairing is None else facts.pairing.chats[1].template
         if self.top_k is not None and criterion.divergence.has_reverse_part and not self._warned:
             self._warned = True
             rank_zero_warn(_TOP_K_WARNING.format(self.top_k))
