@@ -72,11 +72,12 @@ def main(
         f"{torch.cuda.get_device_name() if on_cuda else f'{torch.get_num_threads()} threads'}"
     )
     with console.status("Sampling") as status, torch.no_grad():
-        batches = [asked[start : start + at_a_time] for start in range(0, prompts, at_a_time)]
+        starts = range(0, max(1, prompts - at_a_time + 1), at_a_time)  # of whole batches
+        batches = [asked[start : start + at_a_time] for start in starts]
         chosen = [batches[number % len(batches)] for number in range(rounds)]
         own_generate(model, chosen[0], 4)
         loop = [timed(lambda rows=rows: own_generate(model, rows, new_tokens), device) for rows in chosen]
-        first = add(table, f"generate, {at_a_time} prompts", loop, len(chosen[0]) * new_tokens)
+        first = add(table, f"generate, {len(chosen[0])} prompts", loop, len(chosen[0]) * new_tokens)
         for name, engine in engines.items():
             status.update(name)
             engine.refresh(weights)

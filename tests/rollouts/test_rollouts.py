@@ -1,5 +1,6 @@
 """Training on-policy: tiny models, everything recomputed by hand."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from akl_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.models.lora import LoraSettings
 from akl_lightning.module import DistillationModule
-from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling, Weights
+from akl_lightning.rollouts import ContinuousBatching, GenerateEngine, OnPolicy, Sampling, Weights
 from akl_lightning.rollouts.batches import samples_of
 from akl_lightning.rollouts.sampler import EngineError
 from tests import references
@@ -335,6 +336,24 @@ def test_validation_measures_the_reverse_divergence_on_own_responses(tokenizer: 
     assert float(again.callback_metrics["val/rollout_rkl"]) == pytest.approx(logged, rel=1e-5)  # the same draws
     _, _, none = fit(OnPolicy(0.5, SHORT, validation_samples=0), data, val_batches=1.0)
     assert "val/rollout_rkl" not in none.callback_metrics
+
+
+def test_what_continuous_batching_keeps_follows_the_training_and_goes_with_it(tokenizer: Any, corpus: str) -> None:
+    likeliest, freed = Sampling(6, top_p=1e-6), []
+
+    class Kept(ContinuousBatching):
+        def release(self) -> None:
+            freed.append(self._ready is not None)
+            super().release()
+
+    runs = [
+        fit(OnPolicy(1.0, likeliest, engine=engine), data_of(tokenizer, corpus), val_batches=1.0)
+        for engine in (Kept(0.01), GenerateEngine())
+    ]
+    assert len(runs[0][1].batches) == 4 and runs[0][1].responses == runs[1][1].responses
+    torch.testing.assert_close(parameters(runs[0][0].student), parameters(runs[1][0].student))
+    assert sum(freed) == 2  # for a validation of fewer prompts, and at the end
+    copy.deepcopy(runs[0][0])  # nothing hangs on the student
 
 
 def test_dropout_is_off_while_sampling_and_on_again_afterwards(tokenizer: Any, corpus: str) -> None:
