@@ -128,6 +128,9 @@ where the user gives none, and the ``rates`` that it had before a schedule; ``sc
 ``interval`` at which it steps and the ``state`` in which it begins; and ``lr``, which the module has set in place of
 the rates given."""
 
+Groups = list[dict[str, Any]]
+"""The groups of parameters of an optimizer."""
+
 _STATES = {"last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"}
 """What changes in torch's schedules while they run, beside what has an underscore in front."""
 
@@ -232,7 +235,7 @@ class Continuation:
             said = ", ".join(dict.fromkeys(self.said))
             rank_zero_info(f"going on with other settings than those of the checkpoint: {said}")
 
-    def _groups(self, number: int, saved: dict[str, Any]) -> list[dict[str, Any]] | None:
+    def _groups(self, number: int, saved: dict[str, Any]) -> Groups | None:
         """The groups of parameters to go on with; None for other parameters than the checkpoint's, refused later."""
         made, then = self.now["optimizers"][number], self.then["optimizers"][number]
         order = [name for group in made["groups"] for name in group["params"]]
@@ -259,7 +262,7 @@ class Continuation:
             groups.append(group)
         return groups
 
-    def _schedule(self, index: int, config: Any, given: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    def _schedule(self, index: int, config: Any, given: Groups, groups: Groups) -> None:
         """Put the state of a schedule into the checkpoint, and into the groups what it has set there."""
         schedule, made, saved = config.scheduler, self.now["schedules"][index], self.checkpoint["lr_schedulers"][index]
         was = self.then["schedules"][index] if index < len(self.then["schedules"]) else None
@@ -272,7 +275,7 @@ class Continuation:
         elif lowers:
             self._lower(made, saved, was, given, groups)
             return
-        elif not _has_changed(schedule, made, saved, was, groups):
+        elif not _has_changed(schedule, made, saved, was):
             return
         if not lowers:
             try:
@@ -292,14 +295,7 @@ class Continuation:
                     group[key] = copy.deepcopy(moved[key])
         self.said += [f"the learning rate goes on at {_text(group['lr'])}" for group in groups]
 
-    def _lower(
-        self,
-        made: Settings,
-        saved: dict[str, Any],
-        was: Settings | None,
-        given: list[dict[str, Any]],
-        groups: list[dict[str, Any]],
-    ) -> None:
+    def _lower(self, made: Settings, saved: Settings, was: Settings | None, given: Groups, groups: Groups) -> None:
         start = saved if was is None else was["state"]
         for key, value in made["state"].items():
             if _is_setting(key) and not _same(value, start.get(key, value)):
@@ -315,22 +311,20 @@ class Continuation:
         saved["_last_lr"] = [group["lr"] for group in groups]
 
 
-def _by_name(groups: list[dict[str, Any]], order: list[str]) -> dict[str, dict[str, Any]]:
+def _by_name(groups: Groups, order: list[str]) -> dict[str, dict[str, Any]]:
     """The group of each parameter, which older checkpoints know by its position."""
     members = {name: group for group in groups for name in group["params"]}
     return {order[name] if isinstance(name, int) and name < len(order) else name: of for name, of in members.items()}
 
 
-def _is_another(made: Settings, was: Settings | None, saved: dict[str, Any]) -> bool:
+def _is_another(made: Settings, was: Settings | None, saved: Settings) -> bool:
     """Whether the state of the checkpoint's schedule means nothing to this one."""
     if was is not None and (made["kind"], made["interval"]) != (was["kind"], was["interval"]):
         return True
     return any(_is_setting(key) and key not in saved for key in made["state"])
 
 
-def _has_changed(
-    schedule: Any, made: Settings, saved: dict[str, Any], was: Settings | None, groups: list[dict[str, Any]]
-) -> bool:
+def _has_changed(schedule: Any, made: Settings, saved: Settings, was: Settings | None) -> bool:
     if isinstance(schedule, LambdaLR):  # whose settings are in functions
         rates = [
             base * of(saved["last_epoch"]) for base, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
