@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
-from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
 from akl_lightning.data.turns import Turn, Turns
@@ -128,6 +128,7 @@ class Chat:
         self._lead = [] if template == CHAT else self._tokenize.lead
         # Some begin every turn with the same token.
         self._begins_with_bos = not self.rendering.user_head.startswith(tokenizer.bos_token or "\0")
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._own_input = template in TEMPLATES or is_format(template)
         if not self.rendering.ends and tokenizer.eos_token_id is None:
             raise UsageError(
@@ -225,9 +226,10 @@ class Chat:
         return plan
 
     def _prompt(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool]) -> _Plan:
-        prompt = self.rendering.text(messages, tools, prompt=True)
+        written = Written(self.rendering, messages, tools, prompt=True)
+        prompt = written.whole
         try:
-            turns = self._turns.find(prompt, messages, tools)
+            turns = self._turns.find(written)
         except SampleError:  # nothing of it is learnt
             turns = []
         text = Text(prompt, literal=self._literal(prompt, messages, tools, True))
@@ -236,13 +238,14 @@ class Chat:
 
     def _answer(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool], ends: bool) -> _Plan:
         rendering = self.rendering
-        whole = rendering.text(messages, tools)
-        prompt = rendering.text(messages[:-1], tools, prompt=True) if messages[1:] else None
+        written = Written(rendering, messages, tools)
+        whole = written.whole
+        prompt = written.prompt(len(messages) - 1) if messages[1:] else None
         for message in messages[:-1]:
             said = content_text(message).strip()
             if message["role"] != "assistant" and prompt is not None and said in prompt and said not in whole:
                 raise SampleError(f"the chat template leaves out what the {message['role']} says once it is answered.")
-        turns = self._turns.find(whole, messages, tools, prompt)
+        turns = self._turns.find(written)
         last = turns[-1]
         learnt = [learn and turn.says(whole) for turn, learn in zip(turns, learnt, strict=True)]
         if prompt is None:
@@ -311,19 +314,17 @@ class Chat:
     def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None) -> Encoded:
         ids, shift = self._begun(tokens.ids, plan)
         at = {place: index + shift for place, index in tokens.at.items()}
-        bos = self.tokenizer.bos_token_id
-        first = shift or int(self._begins_with_bos and ids[:1] == [bos])
+        first = shift or int(self._begins_with_bos and ids[:1] == [self._bos])
         if apart is not None:
             prompt_ids, _ = self._begun(apart.ids, plan)
         else:
             prompt_ids = [] if plan.prompt_end is None else ids[: at.get(plan.prompt_end, len(ids))]
         spans = [(at[start], at[end]) for start, end in plan.spans]
         turns = plan.turns
-        eos = self.tokenizer.eos_token_id
-        if plan.ends and eos is not None:
+        if plan.ends and self._eos is not None:
             if spans and spans[-1][1] == len(ids):
                 spans[-1] = (spans[-1][0], len(ids) + 1)
-            ids = [*ids, eos]
+            ids = [*ids, self._eos]
         if plan.document:
             spans = [(first, len(ids))]
         elif self.learn == "everything" and plan.answered:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from akl_lightning.data.messages import content_text
-from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
 from akl_lightning.data.templates import CLOSE, OPEN
 
 SPOT = "Whereto?"
@@ -47,28 +47,19 @@ class Turns:
         self._ends = re.compile(ends or "(?!)")
         self._soon = re.compile(rf"\s*(?:{ends})" if ends else re.escape(rendering.tail))
 
-    def find(
-        self, whole: str, messages: list[Message], tools: list[Any] | None, prompt: str | None = None
-    ) -> list[Turn]:
-        """The turns of the assistant, in order.
-
-        Args:
-            whole: what the template has written.
-            messages: the conversation.
-            tools: the tools that the template was given.
-            prompt: what the last message answers, where it is known already.
+    def find(self, written: Written) -> list[Turn]:
+        """The turns of the assistant in a conversation, in order.
 
         Raises:
             SampleError: the template writes a turn so that it cannot be told where it stands.
         """
+        whole, messages, tools = written.whole, written.messages, written.tools
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         marks = self._marks(whole, messages, tools)
         turns = []
         for number, index in enumerate(spoken):
             try:
-                before = prompt if index + 1 == len(messages) else None
-                if before is None and index:
-                    before = self.rendering.text(messages[:index], tools, prompt=True)
+                before = written.prompt(index) if index else None
                 turns.append(self._turn(whole, messages, index, tools, before))
             except SampleError:
                 if marks is None or len(marks) != len(spoken):
