@@ -113,6 +113,7 @@ class Chat:
         learn: Learn = "all_turns",
         special_tokens_in_content: bool = False,
     ) -> None:
+        self._is_given = template not in (None, CHAT)
         if template is None:
             template = CHAT if tokenizer.chat_template else "plain"
         self.tokenizer = tokenizer
@@ -135,6 +136,19 @@ class Chat:
                 "the tokenizer has no end-of-text token (eos_token) and the template ends a turn with none of its "
                 "tokens: set one, responses end with it."
             )
+
+    @property
+    def given_template(self) -> str | None:
+        """A template that is not the tokenizer's own as Jinja, with the beginning of the text that it lacks; or None.
+
+        A tokenizer with it writes the prompts that the student has learnt from.
+        """
+        if not self._is_given:
+            return None
+        text, _ = self.rendering.texts
+        begins = "".join(self.tokenizer.convert_ids_to_tokens(self._lead))
+        writes_it = self.rendering.text([{"role": "user", "content": "a"}]).startswith(begins)
+        return text if writes_it else f"{{{{ {begins!r} }}}}{text}"
 
     def introduce(self) -> None:
         """Say what one would not expect of the template."""

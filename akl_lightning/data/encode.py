@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
+from akl_lightning.data import in_turn, messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
-from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.lengths import Lengths, fit
 from akl_lightning.data.records import RECORD_FEATURES
@@ -59,7 +59,12 @@ _BATCH_BYTES = 2**23
 
 
 def tokenize(
-    split: str, records: datasets.Dataset, chat: Chat, lengths: Lengths, num_proc: int = 0
+    split: str,
+    records: datasets.Dataset,
+    chat: Chat,
+    lengths: Lengths,
+    num_proc: int = 0,
+    said: set[str] | None = None,
 ) -> datasets.Dataset:
     """The rows of a split, in the records' order; what is cut or dropped is counted and said.
 
@@ -69,6 +74,7 @@ def tokenize(
         chat: makes tokens of them.
         lengths: how many at most.
         num_proc: processes that do it, where there is much of it.
+        said: what was said before, and is not again; what is said now is added.
 
     Raises:
         UsageError: no row is left of the records.
@@ -93,7 +99,11 @@ def tokenize(
         remove_columns=records.column_names,
         desc=f"Tokenizing {split}",
     )
-    _say(split, rows, lengths)
+    said = set() if said is None else said
+    for line in _summary(split, rows, lengths):
+        if line not in said:
+            rank_zero_info(line)
+            said.add(line)
     kept = column(rows, "kept")
     if not kept.any():
         raise UsageError(_none_left(split, rows, lengths))
@@ -132,7 +142,8 @@ def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) 
 # --------------------------------------------------------------------------------------------------------------------
 # Where the rows are kept
 
-_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, messages, rendering, templates, tokens, turns)]
+_PARTS = (_encode, fitting, chats, in_turn, messages, rendering, templates, tokens, turns)
+_CODE = [inspect.getsource(part) for part in _PARTS]
 
 
 class _Digest(io.RawIOBase):
@@ -184,7 +195,7 @@ def cache_file(key: str) -> str | None:
 # What is said of them
 
 
-def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
+def _summary(split: str, rows: datasets.Dataset, lengths: Lengths) -> Iterator[str]:
     table = rows.select_columns(["note", "whole", "file", "line", "form", *_FLAGS])
     table = table.with_format("arrow")[:]
     documents = table.filter(pc.field("form") == "text")
@@ -192,7 +203,7 @@ def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
     cut = documents.filter(pc.field("note") == "block")
     samples = conversations + _different(documents)
     if len(cut):
-        rank_zero_info(
+        yield (
             f"{split}: {_different(cut):,} of {_different(documents):,} documents cut into {len(cut):,} blocks of "
             f"{lengths.max_length:,} tokens"
         )
@@ -203,14 +214,14 @@ def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
             count, most = found.pop(note)
             total = conversations if note in ("response", "end", "start_turns") else samples
             settings = {"length": lengths.max_length, "prompt": lengths.longest_prompt, "bound": lengths.bound}
-            rank_zero_info(f"{split}: {count:,} of {total:,} {sentence.format(most=most, **settings)}")
+            yield f"{split}: {count:,} of {total:,} {sentence.format(most=most, **settings)}"
     refused = [note for note in found if note not in ("", "block", "nothing")]
     if refused:
         count = sum(found[note][0] for note in refused)
-        rank_zero_info(f"{split}: {count:,} of {samples:,} samples dropped, the first for {refused[0]}")
+        yield f"{split}: {count:,} of {samples:,} samples dropped, the first for {refused[0]}"
     for name, sentence in _FLAGS.items():
         if count := pc.sum(table[name]).as_py():
-            rank_zero_info(f"{split}: {count:,} of {len(table):,} samples {sentence}")
+            yield f"{split}: {count:,} of {len(table):,} samples {sentence}"
 
 
 def _different(rows: pa.Table) -> int:

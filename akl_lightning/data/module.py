@@ -138,19 +138,21 @@ class InstructionDataModule(LightningDataModule):
         self.predict_split = predict_split
         self.seed = seed
         self.splits: dict[str, datasets.Dataset] = {}
-        self._said = False
+        self.records: dict[str, datasets.Dataset] = {}
+        self._said: set[str] = set()
 
     def setup(self, stage: str) -> None:
         """Load, split and tokenize, once."""
         bounded = self._bound(positions_of(self.trainer.lightning_module)) if self.trainer else False
         if not self.splits or bounded:
-            self.chat.introduce()
-            records = split_records(self.source.load(), self.validation_size, self.test_size)
+            if not self.records:
+                self.chat.introduce()
+                self.records = split_records(self.source.load(), self.validation_size, self.test_size)
             lengths = Lengths(self.max_length, self.max_prompt_length, self.truncate)
             self.pairing = None
             self.splits = {
-                split: tokenize(split, members, self.chat, lengths, self.num_workers)
-                for split, members in records.items()
+                split: tokenize(split, members, self.chat, lengths, self.num_workers, self._said)
+                for split, members in self.records.items()
             }
             self.splits["train"] = learnt_first(self.splits["train"])
         train = self.splits["train"]
@@ -191,6 +193,10 @@ class InstructionDataModule(LightningDataModule):
             self.splits = align_splits(self.splits, pairing, self.num_workers)
             self.pairing = pairing
         return self.pairing
+
+    def go_on_from(self, other: Self) -> None:
+        """Take the samples of a module with the same settings, which has read and told what is to be told of them."""
+        self.records, self.splits, self._said = other.records, other.splits, other._said
 
     def of_teacher(self) -> Self:
         """The same samples as a teacher with another tokenizer reads them, by themselves; behind :meth:`align`."""
@@ -251,14 +257,13 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the train split, shuffled."""
-        left = 0 if self._answered else len(self.splits["train"]) - self._learnable("train")
-        if left and not self._said:
-            self._said = True
-            rank_zero_info(
-                f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is "
-                "to be learnt of them"
-            )
-        return self._loader("train", self._learnt, range(len(self.splits["train"]) - left), shuffle=True)
+        count = len(self.splits["train"])
+        left = 0 if self._answered else count - self._learnable("train")
+        said = f"train: {left:,} of {count:,} samples are prompts alone and left out, nothing is to be learnt of them"
+        if left and said not in self._said:
+            self._said.add(said)
+            rank_zero_info(said)
+        return self._loader("train", self._learnt, range(count - left), shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split."""
@@ -327,6 +332,11 @@ class InstructionDataModule(LightningDataModule):
     def template(self) -> str:
         """How conversations become texts."""
         return self.chat.template
+
+    @property
+    def chat_template(self) -> str | None:
+        """A template of the user's own as Jinja, for whoever serves the student; else None."""
+        return self.chat.given_template
 
     @property
     def template_digest(self) -> str:
