@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
-from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
+from akl_lightning.data.rendering import Rendering, SampleError, Written
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
 from akl_lightning.data.turns import Turn, Turns
@@ -232,38 +232,36 @@ class Chat:
         learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
         messages = [for_template(message, self.rendering, self._own_input) for message in messages]
         tools = json.loads(record["tools"]) if record["tools"] else None
-        if messages[-1]["role"] == "assistant":
-            plan = self._answer(messages, tools, learnt, ends)
-        else:
-            plan = self._prompt(messages, tools, learnt)
+        written = Written(self.rendering, messages, tools, asks=messages[-1]["role"] != "assistant")
+        plan = self._prompt(written, learnt) if written.asks else self._answer(written, learnt, ends)
         plan.tools_left_out = bool(tools) and not self.rendering.writes_tools
         return plan
 
-    def _prompt(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool]) -> _Plan:
-        written = Written(self.rendering, messages, tools, prompt=True)
-        prompt = written.whole
+    def _prompt(self, written: Written, learnt: list[bool]) -> _Plan:
         try:
             turns = self._turns.find(written)
         except SampleError:  # nothing of it is learnt
             turns = []
-        text = Text(prompt, literal=self._literal(prompt, messages, tools, True))
-        starts = self._starts(prompt, messages, turns)
-        return _Plan(text, starts=starts, prompt=prompt, prompt_end=len(prompt), answers_left_out=any(learnt))
+        prompt = written.whole
+        return _Plan(
+            Text(prompt, literal=self._literal(written)),
+            starts=self._starts(written, turns),
+            prompt=prompt,
+            prompt_end=len(prompt),
+            answers_left_out=any(learnt),
+        )
 
-    def _answer(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool], ends: bool) -> _Plan:
-        rendering = self.rendering
-        written = Written(rendering, messages, tools)
-        whole = written.whole
-        prompt = written.prompt(len(messages) - 1) if messages[1:] else None
-        for message in messages[:-1]:
+    def _answer(self, written: Written, learnt: list[bool], ends: bool) -> _Plan:
+        rendering, whole, (*before, _) = self.rendering, written.whole, written.messages
+        prompt = written.prompt(len(before))
+        for message in before:
             said = content_text(message).strip()
-            if message["role"] != "assistant" and prompt is not None and said in prompt and said not in whole:
+            if message["role"] != "assistant" and said in prompt and said not in whole:
                 raise SampleError(f"the chat template leaves out what the {message['role']} says once it is answered.")
         turns = self._turns.find(written)
         last = turns[-1]
         learnt = [learn and turn.says(whole) for turn, learn in zip(turns, learnt, strict=True)]
-        if prompt is None:
-            prompt = whole[: last.start]
+        prompt = prompt or whole[: last.start]
         if self.learn == "last_turn":
             learnt = [False] * (len(turns) - 1) + learnt[-1:]
         stop = len(whole) if ends and rendering.ends else last.end if ends else last.said
@@ -278,39 +276,39 @@ class Chat:
         # Where no token ends a turn, the next one is not to reach into it.
         cuts = [start for start, _ in spans] + ([] if rendering.ends else [end for _, end in spans])
         cuts += [last.start] if goes_on else []
+        apart = None if goes_on else Written(rendering, before, written.tools, asks=True)
         return _Plan(
-            Text(whole[:stop], [cut for cut in cuts if cut < stop], self._literal(whole, messages, tools, False)),
+            Text(whole[:stop], [cut for cut in cuts if cut < stop], self._literal(written)),
             spans,
             numbers,
             left_out,
-            self._starts(whole, messages, turns),
+            self._starts(written, turns),
             prompt,
             last.start if goes_on else None,
-            None if goes_on else Text(prompt, literal=self._literal(prompt, messages[:-1], tools, True)),
+            None if apart is None else Text(prompt, literal=self._literal(apart)),
             ends=ends and not rendering.ends,
             answered=True,
-            thoughts_left_out=_thoughts_left_out(whole, messages, turns),
+            thoughts_left_out=_thoughts_left_out(written, turns),
         )
 
-    def _literal(self, written: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> list[Range]:
-        if self.special_tokens_in_content:
-            return []
-        return literal_ranges(self._tokenize.special_pattern, self.rendering, written, messages, tools, prompt)
+    def _literal(self, written: Written) -> list[Range]:
+        return [] if self.special_tokens_in_content else literal_ranges(self._tokenize.special_pattern, written)
 
-    def _starts(self, whole: str, messages: list[Message], turns: list[Turn]) -> list[int]:
+    def _starts(self, written: Written, turns: list[Turn]) -> list[int]:
         """Where questions begin, each with its head."""
         behind = iter(turns)
-        starts = [self._first(whole, messages)]
+        starts = [self._first(written)]
         previous = None
-        for message in messages:
+        for message in written.messages:
             if previous is not None and message["role"] == "user":
-                rest = whole[previous.end :]
+                rest = written.whole[previous.end :]
                 starts.append(previous.end + len(rest) - len(rest.lstrip()))
             previous = next(behind, None) if message["role"] == "assistant" else None
         return starts
 
-    def _first(self, whole: str, messages: list[Message]) -> int:
+    def _first(self, written: Written) -> int:
         """Where the first message begins that is not the system's."""
+        whole, messages = written.whole, written.messages
         index = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
         head, text = self.rendering.user_head, content_text(messages[index]).strip()
         found = whole.find(head + text) if head and text and messages[index]["role"] == "user" else -1
@@ -363,11 +361,10 @@ class Chat:
         return (ids, 0) if not lead or ids[: len(lead)] == lead else ([*lead, *ids], len(lead))
 
 
-def _thoughts_left_out(whole: str, messages: list[Message], turns: list[Turn]) -> bool:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    return any(
-        thought_of(message) not in whole[turn.start : turn.end] for turn, message in zip(turns, answers, strict=False)
-    )
+def _thoughts_left_out(written: Written, turns: list[Turn]) -> bool:
+    answers = [message for message in written.messages if message["role"] == "assistant"]
+    said = [written.whole[turn.start : turn.end] for turn in turns]
+    return any(thought_of(message) not in text for message, text in zip(answers, said, strict=True))
 
 
 def _others(ranges: list[Range], start: int, end: int) -> list[Range]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -146,31 +145,15 @@ _PARTS = (_encode, fitting, chats, in_turn, messages, rendering, templates, toke
 _CODE = [inspect.getsource(part) for part in _PARTS]
 
 
-class _Digest(io.RawIOBase):
-    """A file that keeps no more than a digest of what is written to it."""
-
-    def __init__(self) -> None:
-        self.hash = hashlib.sha256()
-        self.size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self.hash.update(content)
-        self.size += len(content)
-        return len(content)
-
-
 def content_of(records: datasets.Dataset, columns: Sequence[str]) -> tuple[str, int]:
     """A digest of what some columns hold, and how many bytes that is; no more than some rows of it lie in memory."""
-    digest = _Digest()
-    records = records.select_columns(list(columns)).with_format("arrow")
-    schema = pa.schema([(name, records.features.arrow_schema.field(name).type) for name in records.column_names])
-    with pa.ipc.new_stream(pa.PythonFile(digest, "w"), schema) as stream:
-        for table in records.iter(256):
-            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
-    return digest.hash.hexdigest(), digest.size
+    digest, size = hashlib.sha256(), 0
+    for table in records.select_columns(list(columns)).with_format("arrow").iter(256):
+        for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+            written = batch.serialize()
+            digest.update(written)
+            size += written.size
+    return digest.hexdigest(), size
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -259,38 +259,39 @@ class Written:
         rendering: the template.
         messages: the conversation.
         tools: descriptions of tools.
-        prompt: write the beginning of an answer as well.
+        asks: write the beginning of an answer as well.
 
     Raises:
         SampleError: the template fails.
     """
 
     def __init__(
-        self, rendering: Rendering, messages: list[Message], tools: list[Any] | None, prompt: bool = False
+        self, rendering: Rendering, messages: list[Message], tools: list[Any] | None, asks: bool = False
     ) -> None:
         self.rendering = rendering
         self.messages = messages
         self.tools = tools
+        self.asks = asks
         self._pieces = rendering.pieces(messages, tools)
         self._prompts: dict[int, str] = {}
-        self.whole = self._up_to(len(messages), prompt)
+        self.whole = self._up_to(len(messages), asks)
         """All of it."""
 
     def prompt(self, index: int) -> str:
-        """What the message with this index answers, up to where the answer begins.
+        """What the message with this index answers, up to where the answer begins; nothing for the first.
 
         Raises:
             SampleError: the template fails on it.
         """
         if index not in self._prompts:
-            self._prompts[index] = self._up_to(index, True)
+            self._prompts[index] = self._up_to(index, True) if index else ""
         return self._prompts[index]
 
-    def _up_to(self, index: int, prompt: bool) -> str:
+    def _up_to(self, index: int, asks: bool) -> str:
         if self._pieces is None:
-            return self.rendering.text(self.messages[:index], self.tools, prompt)
-        pieces, asks = self._pieces
-        return "".join([*pieces[:index], asks if prompt else ""])
+            return self.rendering.text(self.messages[:index], self.tools, asks)
+        pieces, asked = self._pieces
+        return "".join([*pieces[:index], asked if asks else ""])
 
 
 def _words(message: Message) -> str:
