@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,8 +22,30 @@ Record = Mapping[str, Any]
 """A row of a source: ``messages`` and ``tools`` as JSON texts, or a ``text``; see :mod:`akl_lightning.data.records`."""
 
 
+@dataclass(kw_only=True)
+class Noticed:
+    """What is to be counted and said of a record."""
+
+    in_pieces: bool = False
+    """Whether it was not tokenized in one call, so that its tokens may differ from ``apply_chat_template``'s."""
+
+    tools_left_out: bool = False
+    """Whether it has tools that the template does not write."""
+
+    thoughts_left_out: bool = False
+    """Whether the assistant thinks what the template does not write."""
+
+    answers_left_out: bool = False
+    """Whether it is a prompt, as a question comes last, in which the assistant has said something before."""
+
+    @property
+    def noticed(self) -> dict[str, bool]:
+        """All of it by name."""
+        return {each.name: getattr(self, each.name) for each in fields(Noticed)}
+
+
 @dataclass
-class Encoded:
+class Encoded(Noticed):
     """A record as tokens."""
 
     input_ids: list[int]
@@ -47,21 +69,9 @@ class Encoded:
     prompt_ids: list[int] = field(default_factory=list)
     """The same as tokens."""
 
-    in_pieces: bool = False
-    """Whether it was not tokenized in one call, so that its tokens may differ from ``apply_chat_template``'s."""
-
-    tools_left_out: bool = False
-    """Whether it has tools that the template does not write."""
-
-    thoughts_left_out: bool = False
-    """Whether the assistant thinks what the template does not write."""
-
-    answers_left_out: bool = False
-    """Whether it is a prompt, as a question comes last, in which the assistant has said something before."""
-
 
 @dataclass
-class _Plan:
+class _Plan(Noticed):
     """A record that waits to be tokenized; all places are characters."""
 
     whole: Text
@@ -79,9 +89,6 @@ class _Plan:
     """Whether the end-of-text token comes behind it."""
     answered: bool = False
     document: bool = False
-    tools_left_out: bool = False
-    thoughts_left_out: bool = False
-    answers_left_out: bool = False
 
 
 class Chat:
@@ -349,10 +356,7 @@ class Chat:
             [max(first, at[place]) for place in plan.starts if place in at],
             plan.prompt,
             prompt_ids,
-            tokens.in_pieces,
-            plan.tools_left_out,
-            plan.thoughts_left_out,
-            plan.answers_left_out,
+            **{**plan.noticed, "in_pieces": tokens.in_pieces},
         )
 
     def _begun(self, ids: list[int], plan: _Plan) -> tuple[list[int], int]:

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
 from akl_lightning.data import in_turn, messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
-from akl_lightning.data.chat import Chat
+from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.lengths import Lengths, fit
 from akl_lightning.data.records import RECORD_FEATURES
 from akl_lightning.errors import UsageError
@@ -45,10 +45,7 @@ ROW_FEATURES = datasets.Features(
         "kept": datasets.Value("bool"),
         "whole": _COUNT,
         "note": datasets.Value("string"),
-        "in_pieces": datasets.Value("bool"),
-        "tools_left_out": datasets.Value("bool"),
-        "thoughts_left_out": datasets.Value("bool"),
-        "answers_left_out": datasets.Value("bool"),
+        **{each.name: datasets.Value("bool") for each in fields(Noticed)},
     }
 )
 """Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and
