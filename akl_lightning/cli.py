@@ -200,7 +200,7 @@ class DistillationCLI(InstructionCLI):
             data.prompts_alone = on_policy is not None and on_policy.share > 0
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
-        self.datamodule.splits = data.splits
+        self.datamodule.go_on_from(data)
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if (chosen := chosen_rate(self.model)) is not None and not config.get("ckpt_path"):
             config.model.optimizer.init_args.lr = chosen.rate  # for the config.yaml of the run

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # what needs one small function of this file is not to import them all
+    import jinja2
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import ModelParallelStrategy
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,6 +67,13 @@ def is_recurrent(model: nn.Module | None) -> bool:
 def attention_of(model: PreTrainedModel) -> str:
     """The attention that a model runs with; ``set_attn_implementation`` is public, and nothing to ask what it set."""
     return str(model.config._attn_implementation)
+
+
+def compiled_chat_template(text: str) -> jinja2.Template:
+    """A chat template as ``apply_chat_template`` compiles it, which copies every message before it renders one."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(text)
 
 
 def mark_as_read(tensors: Iterable[Tensor]) -> None:

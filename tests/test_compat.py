@@ -105,6 +105,13 @@ def test_recurrent_models() -> None:
         assert not compat.is_recurrent(gpt2()) and not compat.is_recurrent(None)
 
 
+def test_compiled_chat_templates() -> None:
+    with relies_on("transformers compiles chat templates by _compile_jinja_template, in an environment of Jinja's"):
+        template = compat.compiled_chat_template("{% for m in messages %}\n{{ m['content'] }}\n{% endfor %}")
+        assert template.render(messages=[{"content": "a"}, {"content": "b"}]) == "a\nb\n"
+        assert template.environment.trim_blocks and template.environment.parse("a").body
+
+
 def test_weights_that_were_read() -> None:
     with relies_on("transformers' initialize_weights leaves tensors alone that have _is_hf_initialized"):
         model = gpt2()

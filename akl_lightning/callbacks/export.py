@@ -33,8 +33,8 @@ class StudentExport(Callback):
     """Write the student when training ends, as it is then and as it was at the best checkpoint.
 
     Each is a folder as ``save_pretrained`` writes it: weights in safetensors, config, generation config, the data's
-    tokenizer, and a model card. The best is that of the first ``ModelCheckpoint`` with a ``monitor``; without one there
-    is no such folder.
+    tokenizer with the template that the user has given, and a model card. The best is that of the first
+    ``ModelCheckpoint`` with a ``monitor``; without one there is no such folder.
 
     Args:
         dirpath: the folder; the best student goes to the one beside it whose name ends in ``-best``. Where it is not
@@ -165,7 +165,11 @@ class StudentExport(Callback):
         if _is_empty(path):
             path.rmdir()
         path = claim_folder(path)
+        facts = facts_of_run(trainer)
         model, tokenizer = module.student.model, self.tokenizer or module.find_tokenizer()
+        if tokenizer is facts.tokenizer is not None and facts.chat_template is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = facts.chat_template
         if hasattr(model, "peft_config") and (self.merge or virtual_tokens(model)):
             model = _rebuilt(model, own)  # PEFT writes the prompt of the model that it is given
             if self.merge:
@@ -178,7 +182,7 @@ class StudentExport(Callback):
                 tokenizer.save_pretrained(folder)
             if model.can_generate():
                 generation = copy.deepcopy(model.generation_config)
-                ends = ending(stop_tokens(model, tokenizer, facts_of_run(trainer).end_tokens), tokenizer)
+                ends = ending(stop_tokens(model, tokenizer, facts.end_tokens), tokenizer)
                 if generation.pad_token_id is not None:
                     ends.pop("pad_token_id", None)
                 generation.update(**ends)  # so that answers end where the module's do

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
-from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.rendering import Rendering, SampleError, Written
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
 from akl_lightning.data.turns import Turn, Turns
@@ -22,8 +22,30 @@ Record = Mapping[str, Any]
 """A row of a source: ``messages`` and ``tools`` as JSON texts, or a ``text``; see :mod:`akl_lightning.data.records`."""
 
 
+@dataclass(kw_only=True)
+class Noticed:
+    """What is to be counted and said of a record."""
+
+    in_pieces: bool = False
+    """Whether it was not tokenized in one call, so that its tokens may differ from ``apply_chat_template``'s."""
+
+    tools_left_out: bool = False
+    """Whether it has tools that the template does not write."""
+
+    thoughts_left_out: bool = False
+    """Whether the assistant thinks what the template does not write."""
+
+    answers_left_out: bool = False
+    """Whether it is a prompt, as a question comes last, in which the assistant has said something before."""
+
+    @property
+    def noticed(self) -> dict[str, bool]:
+        """All of it by name."""
+        return {each.name: getattr(self, each.name) for each in fields(Noticed)}
+
+
 @dataclass
-class Encoded:
+class Encoded(Noticed):
     """A record as tokens."""
 
     input_ids: list[int]
@@ -47,21 +69,9 @@ class Encoded:
     prompt_ids: list[int] = field(default_factory=list)
     """The same as tokens."""
 
-    in_pieces: bool = False
-    """Whether it was not tokenized in one call, so that its tokens may differ from ``apply_chat_template``'s."""
-
-    tools_left_out: bool = False
-    """Whether it has tools that the template does not write."""
-
-    thoughts_left_out: bool = False
-    """Whether the assistant thinks what the template does not write."""
-
-    answers_left_out: bool = False
-    """Whether it is a prompt, as a question comes last, in which the assistant has said something before."""
-
 
 @dataclass
-class _Plan:
+class _Plan(Noticed):
     """A record that waits to be tokenized; all places are characters."""
 
     whole: Text
@@ -79,9 +89,6 @@ class _Plan:
     """Whether the end-of-text token comes behind it."""
     answered: bool = False
     document: bool = False
-    tools_left_out: bool = False
-    thoughts_left_out: bool = False
-    answers_left_out: bool = False
 
 
 class Chat:
@@ -113,6 +120,7 @@ class Chat:
         learn: Learn = "all_turns",
         special_tokens_in_content: bool = False,
     ) -> None:
+        self._is_given = template not in (None, CHAT)
         if template is None:
             template = CHAT if tokenizer.chat_template else "plain"
         self.tokenizer = tokenizer
@@ -128,12 +136,26 @@ class Chat:
         self._lead = [] if template == CHAT else self._tokenize.lead
         # Some begin every turn with the same token.
         self._begins_with_bos = not self.rendering.user_head.startswith(tokenizer.bos_token or "\0")
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._own_input = template in TEMPLATES or is_format(template)
         if not self.rendering.ends and tokenizer.eos_token_id is None:
             raise UsageError(
                 "the tokenizer has no end-of-text token (eos_token) and the template ends a turn with none of its "
                 "tokens: set one, responses end with it."
             )
+
+    @property
+    def given_template(self) -> str | None:
+        """A template that is not the tokenizer's own as Jinja, with the beginning of the text that it lacks; or None.
+
+        A tokenizer with it writes the prompts that the student has learnt from.
+        """
+        if not self._is_given:
+            return None
+        text, _ = self.rendering.texts
+        begins = "".join(self.tokenizer.convert_ids_to_tokens(self._lead))
+        writes_it = self.rendering.text([{"role": "user", "content": "a"}]).startswith(begins)
+        return text if writes_it else f"{{{{ {begins!r} }}}}{text}"
 
     def introduce(self) -> None:
         """Say what one would not expect of the template."""
@@ -224,36 +246,36 @@ class Chat:
         learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
         messages = [for_template(message, self.rendering, self._own_input) for message in messages]
         tools = json.loads(record["tools"]) if record["tools"] else None
-        if messages[-1]["role"] == "assistant":
-            plan = self._answer(messages, tools, learnt, ends)
-        else:
-            plan = self._prompt(messages, tools, learnt)
+        written = Written(self.rendering, messages, tools, asks=messages[-1]["role"] != "assistant")
+        plan = self._prompt(written, learnt) if written.asks else self._answer(written, learnt, ends)
         plan.tools_left_out = bool(tools) and not self.rendering.writes_tools
         return plan
 
-    def _prompt(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool]) -> _Plan:
-        prompt = self.rendering.text(messages, tools, prompt=True)
+    def _prompt(self, written: Written, learnt: list[bool]) -> _Plan:
         try:
-            turns = self._turns.find(prompt, messages, tools)
+            turns = self._turns.find(written)
         except SampleError:  # nothing of it is learnt
             turns = []
-        text = Text(prompt, literal=self._literal(prompt, messages, tools, True))
-        starts = self._starts(prompt, messages, turns)
-        return _Plan(text, starts=starts, prompt=prompt, prompt_end=len(prompt), answers_left_out=any(learnt))
+        prompt = written.whole
+        return _Plan(
+            Text(prompt, literal=self._literal(written)),
+            starts=self._starts(written, turns),
+            prompt=prompt,
+            prompt_end=len(prompt),
+            answers_left_out=any(learnt),
+        )
 
-    def _answer(self, messages: list[Message], tools: list[Any] | None, learnt: list[bool], ends: bool) -> _Plan:
-        rendering = self.rendering
-        whole = rendering.text(messages, tools)
-        prompt = rendering.text(messages[:-1], tools, prompt=True) if messages[1:] else None
-        for message in messages[:-1]:
+    def _answer(self, written: Written, learnt: list[bool], ends: bool) -> _Plan:
+        rendering, whole, (*before, _) = self.rendering, written.whole, written.messages
+        prompt = written.prompt(len(before))
+        for message in before:
             said = content_text(message).strip()
-            if message["role"] != "assistant" and prompt is not None and said in prompt and said not in whole:
+            if message["role"] != "assistant" and said in prompt and said not in whole:
                 raise SampleError(f"the chat template leaves out what the {message['role']} says once it is answered.")
-        turns = self._turns.find(whole, messages, tools, prompt)
+        turns = self._turns.find(written)
         last = turns[-1]
         learnt = [learn and turn.says(whole) for turn, learn in zip(turns, learnt, strict=True)]
-        if prompt is None:
-            prompt = whole[: last.start]
+        prompt = prompt or whole[: last.start]
         if self.learn == "last_turn":
             learnt = [False] * (len(turns) - 1) + learnt[-1:]
         stop = len(whole) if ends and rendering.ends else last.end if ends else last.said
@@ -268,39 +290,39 @@ class Chat:
         # Where no token ends a turn, the next one is not to reach into it.
         cuts = [start for start, _ in spans] + ([] if rendering.ends else [end for _, end in spans])
         cuts += [last.start] if goes_on else []
+        apart = None if goes_on else Written(rendering, before, written.tools, asks=True)
         return _Plan(
-            Text(whole[:stop], [cut for cut in cuts if cut < stop], self._literal(whole, messages, tools, False)),
+            Text(whole[:stop], [cut for cut in cuts if cut < stop], self._literal(written)),
             spans,
             numbers,
             left_out,
-            self._starts(whole, messages, turns),
+            self._starts(written, turns),
             prompt,
             last.start if goes_on else None,
-            None if goes_on else Text(prompt, literal=self._literal(prompt, messages[:-1], tools, True)),
+            None if apart is None else Text(prompt, literal=self._literal(apart)),
             ends=ends and not rendering.ends,
             answered=True,
-            thoughts_left_out=_thoughts_left_out(whole, messages, turns),
+            thoughts_left_out=_thoughts_left_out(written, turns),
         )
 
-    def _literal(self, written: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> list[Range]:
-        if self.special_tokens_in_content:
-            return []
-        return literal_ranges(self._tokenize.special_pattern, self.rendering, written, messages, tools, prompt)
+    def _literal(self, written: Written) -> list[Range]:
+        return [] if self.special_tokens_in_content else literal_ranges(self._tokenize.special_pattern, written)
 
-    def _starts(self, whole: str, messages: list[Message], turns: list[Turn]) -> list[int]:
+    def _starts(self, written: Written, turns: list[Turn]) -> list[int]:
         """Where questions begin, each with its head."""
         behind = iter(turns)
-        starts = [self._first(whole, messages)]
+        starts = [self._first(written)]
         previous = None
-        for message in messages:
+        for message in written.messages:
             if previous is not None and message["role"] == "user":
-                rest = whole[previous.end :]
+                rest = written.whole[previous.end :]
                 starts.append(previous.end + len(rest) - len(rest.lstrip()))
             previous = next(behind, None) if message["role"] == "assistant" else None
         return starts
 
-    def _first(self, whole: str, messages: list[Message]) -> int:
+    def _first(self, written: Written) -> int:
         """Where the first message begins that is not the system's."""
+        whole, messages = written.whole, written.messages
         index = next((index for index, message in enumerate(messages) if message["role"] != "system"), 0)
         head, text = self.rendering.user_head, content_text(messages[index]).strip()
         found = whole.find(head + text) if head and text and messages[index]["role"] == "user" else -1
@@ -318,19 +340,17 @@ class Chat:
     def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None) -> Encoded:
         ids, shift = self._begun(tokens.ids, plan)
         at = {place: index + shift for place, index in tokens.at.items()}
-        bos = self.tokenizer.bos_token_id
-        first = shift or int(self._begins_with_bos and ids[:1] == [bos])
+        first = shift or int(self._begins_with_bos and ids[:1] == [self._bos])
         if apart is not None:
             prompt_ids, _ = self._begun(apart.ids, plan)
         else:
             prompt_ids = [] if plan.prompt_end is None else ids[: at.get(plan.prompt_end, len(ids))]
         spans = [(at[start], at[end]) for start, end in plan.spans]
         turns = plan.turns
-        eos = self.tokenizer.eos_token_id
-        if plan.ends and eos is not None:
+        if plan.ends and self._eos is not None:
             if spans and spans[-1][1] == len(ids):
                 spans[-1] = (spans[-1][0], len(ids) + 1)
-            ids = [*ids, eos]
+            ids = [*ids, self._eos]
         if plan.document:
             spans = [(first, len(ids))]
         elif self.learn == "everything" and plan.answered:
@@ -343,10 +363,7 @@ class Chat:
             [max(first, at[place]) for place in plan.starts if place in at],
             plan.prompt,
             prompt_ids,
-            tokens.in_pieces,
-            plan.tools_left_out,
-            plan.thoughts_left_out,
-            plan.answers_left_out,
+            **{**plan.noticed, "in_pieces": tokens.in_pieces},
         )
 
     def _begun(self, ids: list[int], plan: _Plan) -> tuple[list[int], int]:
@@ -355,11 +372,10 @@ class Chat:
         return (ids, 0) if not lead or ids[: len(lead)] == lead else ([*lead, *ids], len(lead))
 
 
-def _thoughts_left_out(whole: str, messages: list[Message], turns: list[Turn]) -> bool:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    return any(
-        thought_of(message) not in whole[turn.start : turn.end] for turn, message in zip(turns, answers, strict=False)
-    )
+def _thoughts_left_out(written: Written, turns: list[Turn]) -> bool:
+    answers = [message for message in written.messages if message["role"] == "assistant"]
+    said = [written.whole[turn.start : turn.end] for turn in turns]
+    return any(thought_of(message) not in text for message, text in zip(answers, said, strict=True))
 
 
 def _others(ranges: list[Range], start: int, end: int) -> list[Range]:

@@ -2,10 +2,9 @@
 
 import hashlib
 import inspect
-import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
+from akl_lightning.data import in_turn, messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
-from akl_lightning.data import messages, rendering, templates, tokens, turns
-from akl_lightning.data.chat import Chat
+from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.lengths import Lengths, fit
 from akl_lightning.data.records import RECORD_FEATURES
 from akl_lightning.errors import UsageError
@@ -46,10 +45,7 @@ ROW_FEATURES = datasets.Features(
         "kept": datasets.Value("bool"),
         "whole": _COUNT,
         "note": datasets.Value("string"),
-        "in_pieces": datasets.Value("bool"),
-        "tools_left_out": datasets.Value("bool"),
-        "thoughts_left_out": datasets.Value("bool"),
-        "answers_left_out": datasets.Value("bool"),
+        **{each.name: datasets.Value("bool") for each in fields(Noticed)},
     }
 )
 """Columns of a tokenized split: those of the record, of which a row has the messages that are left; the tokens; and
@@ -59,7 +55,12 @@ _BATCH_BYTES = 2**23
 
 
 def tokenize(
-    split: str, records: datasets.Dataset, chat: Chat, lengths: Lengths, num_proc: int = 0
+    split: str,
+    records: datasets.Dataset,
+    chat: Chat,
+    lengths: Lengths,
+    num_proc: int = 0,
+    said: set[str] | None = None,
 ) -> datasets.Dataset:
     """The rows of a split, in the records' order; what is cut or dropped is counted and said.
 
@@ -69,6 +70,7 @@ def tokenize(
         chat: makes tokens of them.
         lengths: how many at most.
         num_proc: processes that do it, where there is much of it.
+        said: what was said before, and is not again; what is said now is added.
 
     Raises:
         UsageError: no row is left of the records.
@@ -93,7 +95,11 @@ def tokenize(
         remove_columns=records.column_names,
         desc=f"Tokenizing {split}",
     )
-    _say(split, rows, lengths)
+    said = set() if said is None else said
+    for line in _summary(split, rows, lengths):
+        if line not in said:
+            rank_zero_info(line)
+            said.add(line)
     kept = column(rows, "kept")
     if not kept.any():
         raise UsageError(_none_left(split, rows, lengths))
@@ -132,34 +138,19 @@ def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) 
 # --------------------------------------------------------------------------------------------------------------------
 # Where the rows are kept
 
-_CODE = [inspect.getsource(part) for part in (_encode, fitting, chats, messages, rendering, templates, tokens, turns)]
-
-
-class _Digest(io.RawIOBase):
-    """A file that keeps no more than a digest of what is written to it."""
-
-    def __init__(self) -> None:
-        self.hash = hashlib.sha256()
-        self.size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self.hash.update(content)
-        self.size += len(content)
-        return len(content)
+_PARTS = (_encode, fitting, chats, in_turn, messages, rendering, templates, tokens, turns)
+_CODE = [inspect.getsource(part) for part in _PARTS]
 
 
 def content_of(records: datasets.Dataset, columns: Sequence[str]) -> tuple[str, int]:
     """A digest of what some columns hold, and how many bytes that is; no more than some rows of it lie in memory."""
-    digest = _Digest()
-    records = records.select_columns(list(columns)).with_format("arrow")
-    schema = pa.schema([(name, records.features.arrow_schema.field(name).type) for name in records.column_names])
-    with pa.ipc.new_stream(pa.PythonFile(digest, "w"), schema) as stream:
-        for table in records.iter(256):
-            stream.write_table(table.replace_schema_metadata(None).combine_chunks())
-    return digest.hash.hexdigest(), digest.size
+    digest, size = hashlib.sha256(), 0
+    for table in records.select_columns(list(columns)).with_format("arrow").iter(256):
+        for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+            written = batch.serialize()
+            digest.update(written)
+            size += written.size
+    return digest.hexdigest(), size
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -184,7 +175,7 @@ def cache_file(key: str) -> str | None:
 # What is said of them
 
 
-def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
+def _summary(split: str, rows: datasets.Dataset, lengths: Lengths) -> Iterator[str]:
     table = rows.select_columns(["note", "whole", "file", "line", "form", *_FLAGS])
     table = table.with_format("arrow")[:]
     documents = table.filter(pc.field("form") == "text")
@@ -192,7 +183,7 @@ def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
     cut = documents.filter(pc.field("note") == "block")
     samples = conversations + _different(documents)
     if len(cut):
-        rank_zero_info(
+        yield (
             f"{split}: {_different(cut):,} of {_different(documents):,} documents cut into {len(cut):,} blocks of "
             f"{lengths.max_length:,} tokens"
         )
@@ -203,14 +194,14 @@ def _say(split: str, rows: datasets.Dataset, lengths: Lengths) -> None:
             count, most = found.pop(note)
             total = conversations if note in ("response", "end", "start_turns") else samples
             settings = {"length": lengths.max_length, "prompt": lengths.longest_prompt, "bound": lengths.bound}
-            rank_zero_info(f"{split}: {count:,} of {total:,} {sentence.format(most=most, **settings)}")
+            yield f"{split}: {count:,} of {total:,} {sentence.format(most=most, **settings)}"
     refused = [note for note in found if note not in ("", "block", "nothing")]
     if refused:
         count = sum(found[note][0] for note in refused)
-        rank_zero_info(f"{split}: {count:,} of {samples:,} samples dropped, the first for {refused[0]}")
+        yield f"{split}: {count:,} of {samples:,} samples dropped, the first for {refused[0]}"
     for name, sentence in _FLAGS.items():
         if count := pc.sum(table[name]).as_py():
-            rank_zero_info(f"{split}: {count:,} of {len(table):,} samples {sentence}")
+            yield f"{split}: {count:,} of {len(table):,} samples {sentence}"
 
 
 def _different(rows: pa.Table) -> int:

@@ -47,6 +47,9 @@ class DataFacts:
     template: str | None = None
     """How instructions become prompts."""
 
+    chat_template: str | None = None
+    """A template that the user has given, as Jinja."""
+
     template_digest: str | None = None
     """What tells it from others."""
 

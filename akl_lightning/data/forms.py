@@ -133,33 +133,28 @@ class _Record:
 
     def form(self) -> str:
         names, given = self.names, self.given
-        pair = names["instruction"] in given and names["output"] in given
+        messages, text, pair = names["messages"], names["text"], [names["instruction"], names["output"]]
         # As akl generate writes a conversation: it is its own instruction.
-        answered = names["messages"] in given and names["instruction"] == "instruction"
-        if pair and self.forms.pair_is_named and not answered:
-            form, used = "instruction", [names["instruction"], names["output"]]
-        elif names["messages"] in self.forms.alone & set(given):
-            form, used = "messages", [names["messages"]]
-        elif "conversations" in given:
-            form, used = "conversations", ["conversations"]
-        elif "prompt" in given and self.completion in given:
-            form, used = "prompt_completion", ["prompt", self.completion]
-        elif "chosen" in given and "prompt" in given:
-            form, used = "preference", ["prompt"]
-        elif pair:
-            form, used = "instruction", [names["instruction"], names["output"]]
-        elif "chosen" in given:
-            form, used = "preference", [names["instruction"]]
-        elif names["text"] in self.forms.alone & set(given):
-            form, used = "text", [names["text"]]
-        elif "prompt" in given or names["instruction"] in given:
-            form, used = "prompt", ["prompt" if "prompt" in given else names["instruction"]]
-        else:
+        answered = messages in given and names["instruction"] == "instruction"
+        forms = [
+            ("instruction", pair, self.forms.pair_is_named and not answered),
+            ("messages", [messages], messages in self.forms.alone),
+            ("conversations", ["conversations"], True),
+            ("prompt_completion", ["prompt", self.completion], True),
+            ("preference", ["prompt", "chosen"], True),
+            ("instruction", pair, True),
+            ("preference", [names["instruction"], "chosen"], True),
+            ("preference", ["chosen"], True),
+            ("text", [text], text in self.forms.alone),
+            ("prompt", ["prompt"], True),
+            ("prompt", [names["instruction"]], True),
+        ]
+        fits = [(form, used) for form, used, may_be in forms if may_be and given.keys() >= set(used)]
+        if not fits:
             self.refuse(f"fits no form, its fields are {', '.join(map(str, given)) or 'none'}: name them in the source")
+        form, used = fits[0]
         if form in ("text", "prompt"):
             self.expect_no_reply(used[0], used)
-        if form == "preference":
-            used.append("chosen")
         for name in self.forms.mains:
             if name in given and name not in used and form not in ("messages", "conversations"):
                 self.left(name, used[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from akl_lightning.data.chat import Encoded
+from akl_lightning.data.chat import Encoded, Noticed
 from akl_lightning.data.rendering import SampleError
 
 Record = Mapping[str, Any]
@@ -46,7 +46,7 @@ class Lengths:
 
 
 @dataclass
-class Fitted:
+class Fitted(Noticed):
     """A row, or a sample that is dropped."""
 
     record: Record
@@ -72,13 +72,6 @@ class Fitted:
 
     prompt: str = ""
     prompt_ids: list[int] = field(default_factory=list)
-
-    in_pieces: bool = False
-    """As :class:`~akl_lightning.data.chat.Encoded` says it; so is the next."""
-
-    tools_left_out: bool = False
-    thoughts_left_out: bool = False
-    answers_left_out: bool = False
 
 
 def fit(records: Sequence[Record], encode: Encode, lengths: Lengths) -> list[Fitted]:
@@ -173,9 +166,7 @@ def _row(record: Record, encoded: Encoded, whole: int, note: str, lengths: Lengt
     if length > end:
         note = note or "response"
     spans = [(start, min(stop, end)) for start, stop in encoded.spans if start < end]
-    row = Fitted(record, whole, note, spans=spans, turns=list(encoded.turns[: len(spans)]))
-    row.in_pieces, row.tools_left_out = encoded.in_pieces, encoded.tools_left_out
-    row.thoughts_left_out, row.answers_left_out = encoded.thoughts_left_out, encoded.answers_left_out
+    row = Fitted(record, whole, note, spans=spans, turns=list(encoded.turns[: len(spans)]), **encoded.noticed)
     row.input_ids = list(encoded.input_ids[: spans[-1][1]] if spans else encoded.prompt_ids)
     if prompt <= lengths.longest_prompt:  # else it is not asked
         row.prompt, row.prompt_ids = encoded.prompt, list(encoded.prompt_ids)
@@ -200,6 +191,5 @@ def _blocks(record: Record, encoded: Encoded, max_length: int) -> Iterator[Fitte
             if first < stop and last > start + 1
         ]
         note = "block" if whole > max_length else ""
-        row = Fitted(record, whole, note, bool(learnt), list(ids[start:stop]), learnt, [0] * len(learnt))
-        row.in_pieces = encoded.in_pieces
-        yield row
+        turns = [0] * len(learnt)
+        yield Fitted(record, whole, note, bool(learnt), list(ids[start:stop]), learnt, turns, **encoded.noticed)

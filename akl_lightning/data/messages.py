@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
 
 LITERAL, BEHIND_LITERAL = "\ufdd2", "\ufdd3"
 """Stand around what looks like a special token in what somebody says; Unicode keeps these two out of all text."""
@@ -82,31 +82,21 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def literal_ranges(
-    pattern: re.Pattern[str],
-    rendering: Rendering,
-    written: str,
-    messages: list[Message],
-    tools: list[Any] | None,
-    prompt: bool,
-) -> list[tuple[int, int]]:
+def literal_ranges(pattern: re.Pattern[str], written: Written) -> list[tuple[int, int]]:
     """Where something that somebody says looks like a special token.
 
     Args:
         pattern: of special tokens.
-        rendering: the template.
-        written: what it has written.
-        messages: of these messages.
-        tools: and these tools.
-        prompt: as a prompt.
+        written: a conversation.
 
     Raises:
         SampleError: the template makes something else of such a text.
     """
-    if not _has(pattern, messages) and not _has(pattern, tools):
+    said = [written.messages, written.tools]
+    if not _has(pattern, said):
         return []
-    text = rendering.text(_marked(pattern, messages), _marked(pattern, tools), prompt)
-    if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written:
+    text = written.rendering.text(*_marked(pattern, said), written.asks)
+    if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written.whole:
         raise SampleError("the chat template takes apart what looks like a special token in a content: reword it.")
     found = re.finditer(f"{LITERAL}(.*?){BEHIND_LITERAL}", text, re.DOTALL)
     starts = [(match.start() - 2 * number, len(match[1])) for number, match in enumerate(found)]

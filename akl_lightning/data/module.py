@@ -33,8 +33,6 @@ class InstructionDataModule(InstructionData, LightningDataModule):
     """Whether samples of which nothing is learnt are trained on; for those who answer them on the way. They are the
     last ones of the train split, and belong to the others in any case."""
 
-    _said = False
-
     def setup(self, stage: str) -> None:
         """Load, split and tokenize, once."""
         bounded = self._bound(positions_of(self.trainer.lightning_module)) if self.trainer else False
@@ -86,14 +84,13 @@ class InstructionDataModule(InstructionData, LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the train split, shuffled."""
-        left = 0 if self._answered else len(self.splits["train"]) - self._learnable("train")
-        if left and not self._said:
-            self._said = True
-            rank_zero_info(
-                f"train: {left:,} of {len(self.splits['train']):,} samples are prompts alone and left out, nothing is "
-                "to be learnt of them"
-            )
-        return self._loader("train", self._learnt, range(len(self.splits["train"]) - left), shuffle=True)
+        count = len(self.splits["train"])
+        left = 0 if self._answered else count - self._learnable("train")
+        said = f"train: {left:,} of {count:,} samples are prompts alone and left out, nothing is to be learnt of them"
+        if left and said not in self._said:
+            self._said.add(said)
+            rank_zero_info(said)
+        return self._loader("train", self._learnt, range(count - left), shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split."""

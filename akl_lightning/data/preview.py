@@ -1,7 +1,7 @@
 """Samples as the model sees them: their tokens as text, with what is learnt of them marked."""
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,18 +104,14 @@ def _table(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, coloured:
     for name in ("place", "id", "label", "turn"):
         table.add_column(name, justify="right")
     table.add_column("token")
-    labels, turns = _labels(row)
+    batch = collate([{**{name: row[name] for name in LEARNT}, "index": 0}], 0)
+    labels, turns = batch["labels"][0].tolist(), batch["turn"][0].tolist()
     for place, (token, label, turn) in enumerate(zip(row["input_ids"], labels, turns, strict=True)):
         learnt = label != IGNORE_INDEX
         text = Text(repr(tokenizer.decode([token], clean_up_tokenization_spaces=False)))
         style = STYLE if learnt and coloured else None
         table.add_row(str(place), str(token), str(label), str(turn) if learnt else "", text, style=style)
     return table
-
-
-def _labels(row: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
-    batch = collate([{**{name: row[name] for name in LEARNT}, "index": 0}], 0)
-    return batch["labels"][0].tolist(), batch["turn"][0].tolist()
 
 
 def _visible(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.data.in_turn import in_turn
 from akl_lightning.data.templates import pinned_dates, template_text, variables, with_marks
 from akl_lightning.data.tokens import any_of
 from akl_lightning.errors import UsageError
@@ -82,6 +83,8 @@ class Rendering:
         self._text_for_tools = template_text(template, tokenizer, with_tools=True)
         self._check_arguments()
         self._marked = with_marks(self._text), with_marks(self._text_for_tools)
+        self._variables = {**tokenizer.special_tokens_map, **self.arguments}
+        self._asks: dict[str, str] = {}
         self.writes_tool_calls = "tool_calls" in self._text_for_tools
         self.writes_tools = "tools" in variables(self._text_for_tools)
         self._try()
@@ -108,6 +111,17 @@ class Rendering:
         """The same with marks around what the template says is generated, or None where it says nothing."""
         text = self._marked[bool(tools)]
         return None if text is None else self._render(text, messages, tools, False)
+
+    def pieces(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[str], str] | None:
+        """What is written of each message, and how an answer is asked for; None where neither can be told for sure."""
+        text = self._text_for_tools if tools else self._text
+        template = in_turn(text)
+        pieces = template and template.pieces(messages, tools, self._variables)
+        if template is None or pieces is None:
+            return None
+        if text not in self._asks:
+            self._asks[text] = template.asks.render(self._variables)
+        return pieces, self._asks[text]
 
     def _render(self, template: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
         def write(conversation: list[Message]) -> str:
@@ -236,6 +250,48 @@ class Rendering:
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         found = any_of(special).findall(tail)
         return found[-1] if found else ""
+
+
+class Written:
+    """A conversation as a template writes it, and the prompts in it.
+
+    Args:
+        rendering: the template.
+        messages: the conversation.
+        tools: descriptions of tools.
+        asks: write the beginning of an answer as well.
+
+    Raises:
+        SampleError: the template fails.
+    """
+
+    def __init__(
+        self, rendering: Rendering, messages: list[Message], tools: list[Any] | None, asks: bool = False
+    ) -> None:
+        self.rendering = rendering
+        self.messages = messages
+        self.tools = tools
+        self.asks = asks
+        self._pieces = rendering.pieces(messages, tools)
+        self._prompts: dict[int, str] = {}
+        self.whole = self._up_to(len(messages), asks)
+        """All of it."""
+
+    def prompt(self, index: int) -> str:
+        """What the message with this index answers, up to where the answer begins; nothing for the first.
+
+        Raises:
+            SampleError: the template fails on it.
+        """
+        if index not in self._prompts:
+            self._prompts[index] = self._up_to(index, True) if index else ""
+        return self._prompts[index]
+
+    def _up_to(self, index: int, asks: bool) -> str:
+        if self._pieces is None:
+            return self.rendering.text(self.messages[:index], self.tools, asks)
+        pieces, asked = self._pieces
+        return "".join([*pieces[:index], asked if asks else ""])
 
 
 def _words(message: Message) -> str:

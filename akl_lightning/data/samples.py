@@ -124,16 +124,20 @@ class InstructionData:
         self.num_workers = num_workers
         self.predict_split = predict_split
         self.seed = seed
+        self.records: dict[str, datasets.Dataset] = {}
         self.splits: dict[str, datasets.Dataset] = {}
+        self._said: set[str] = set()
 
     def encode(self) -> None:
-        """Load, split and tokenize."""
-        self.chat.introduce()
-        records = split_records(self.source.load(), self.validation_size, self.test_size)
+        """Load and split, once, and tokenize."""
+        if not self.records:
+            self.chat.introduce()
+            self.records = split_records(self.source.load(), self.validation_size, self.test_size)
         lengths = Lengths(self.max_length, self.max_prompt_length, self.truncate)
         self.pairing = None
         self.splits = {
-            split: tokenize(split, members, self.chat, lengths, self.num_workers) for split, members in records.items()
+            split: tokenize(split, members, self.chat, lengths, self.num_workers, self._said)
+            for split, members in self.records.items()
         }
         self.splits["train"] = learnt_first(self.splits["train"])
 
@@ -158,6 +162,10 @@ class InstructionData:
             self.splits = align_splits(self.splits, pairing, self.num_workers)
             self.pairing = pairing
         return self.pairing
+
+    def go_on_from(self, other: Self) -> None:
+        """Take the samples of a module with the same settings, which has read and told what is to be told of them."""
+        self.records, self.splits, self._said = other.records, other.splits, other._said
 
     def of_teacher(self) -> Self:
         """The same samples as a teacher with another tokenizer reads them, by themselves; behind :meth:`align`."""
@@ -206,6 +214,11 @@ class InstructionData:
     def template(self) -> str:
         """How conversations become texts."""
         return self.chat.template
+
+    @property
+    def chat_template(self) -> str | None:
+        """A template of the user's own as Jinja, for whoever serves the student; else None."""
+        return self.chat.given_template
 
     @property
     def template_digest(self) -> str:

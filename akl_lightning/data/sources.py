@@ -186,6 +186,8 @@ class HubDataset(Source):
         output: column of the response.
         messages: column of the messages.
         text: column of documents.
+        splits: which of its splits are ``train``, ``validation`` and ``test``, where it calls them otherwise, such as
+            ``{train: train_sft, test: test_sft}``.
     """
 
     def __init__(
@@ -198,10 +200,12 @@ class HubDataset(Source):
         output: str = "output",
         messages: str = "messages",
         text: str = "text",
+        splits: dict[Literal["train", "validation", "test"], str] | None = None,
     ) -> None:
         self.path = path
         self.name = name
         self.data_files = data_files
+        self.splits = splits
         self.forms = Forms(instruction, input, output, messages, text)
 
     @property
@@ -212,15 +216,19 @@ class HubDataset(Source):
         loaded = self._load()
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict(train=loaded)
-        splits = [split for split in ("train", "validation", "test") if split in loaded]
+        splits = self.splits or {split: split for split in ("train", "validation", "test") if split in loaded}
+        if unknown := [name for name in splits.values() if name not in loaded]:
+            raise UsageError(f"the data set {self.path!r} has no split {unknown[0]!r}, only {', '.join(loaded)}.")
         if not {"train", "test"} & set(splits):
             raise UsageError(
-                f"the data set {self.path!r} has neither a split 'train' nor 'test', only {', '.join(loaded)}."
+                f"the data set {self.path!r} has neither a split 'train' nor 'test', only {', '.join(loaded)}: name "
+                f"them in data.source.splits, such as {{train: {next(iter(loaded))}}}."
             )
-        left = [split for split in loaded if split not in splits]
+        left = [name for name in loaded if name not in splits.values()]
         if left:
-            rank_zero_info(f"{self.path}: the splits {', '.join(left)} are left, only {', '.join(splits)} are read")
-        return {split: self._read(split, loaded[split]) for split in splits}
+            read = ", ".join(splits.values())
+            rank_zero_info(f"{self.path}: the splits {', '.join(left)} are left, only {read} are read")
+        return {split: self._read(split, loaded[name]) for split, name in splits.items()}
 
     def _read(self, split: str, data: datasets.Dataset) -> datasets.Dataset:
         where = f"{self.path}, {split}"

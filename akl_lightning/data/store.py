@@ -68,18 +68,13 @@ def store(
     total = notes.pop("all")
     for note, count in sorted(notes.items()):
         rank_zero_info(f"{where}: {count:,} of {total:,} records {note}")
-    data = _open(path, key or None)
+    # Its own fingerprint would depend on when the file was written.
+    data = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key or None)
     if not len(data):
         raise UsageError(
             f"{where} has no usable record left among {total}: each needs a prompt and a response, or a text."
         )
     return data
-
-
-def _open(path: Path, key: str | None) -> datasets.Dataset:
-    table = MemoryMappedTable.from_file(str(path))
-    # Its own fingerprint would depend on when the file was written.
-    return datasets.Dataset(table, fingerprint=key)
 
 
 def _write(path: Path, rows: Iterator[Row | None], notes: Counter) -> None:

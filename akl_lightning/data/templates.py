@@ -32,8 +32,8 @@ TEMPLATES = {
 """Format strings by name: without and with an input. Alpaca's is the one of Stanford Alpaca and MiniLLM."""
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content }}"
-    "{{ END if message.role == 'assistant' else '<|im_end|>' }}{{ '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] }}"
+    "{{ END if message['role'] == 'assistant' else '<|im_end|>' }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -42,6 +42,9 @@ PINNED = date(2024, 7, 26)
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Stand around what a template marks as generated; Unicode keeps these two out of all text."""
+
+BEHIND_MESSAGE = "\ufdd4"
+"""Likewise, behind a message where a template writes one after another."""
 
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
@@ -151,18 +154,19 @@ def _pin_date(text: str) -> str:
 def _from_format(without_input: str, with_input: str) -> str:
     """Jinja that writes a user's message as a format string does, and the end of text after an assistant's."""
     return (
-        "{% for message in messages %}"
-        "{% if message.role == 'user' and message.input %}"
+        "{% for message in messages %}{% set role = message['role'] %}"
+        "{% if role == 'user' and 'input' in message and message['input'] %}"
         + _expression(with_input)
-        + "{% elif message.role == 'user' %}"
-        "" + _expression(without_input) + "{% elif message.role == 'assistant' %}{{ message.content ~ eos_token }}"
-        "{% elif message.role in ('system', 'tool') %}{{ message.content ~ '\n' }}"
-        "{% else %}{{ raise_exception('the role ' ~ message.role ~ ' is none of system, user, assistant and tool') }}"
+        + "{% elif role == 'user' %}"
+        + _expression(without_input)
+        + "{% elif role == 'assistant' %}{{ message['content'] ~ eos_token }}"
+        "{% elif role in ('system', 'tool') %}{{ message['content'] ~ '\n' }}"
+        "{% else %}{{ raise_exception('the role ' ~ role ~ ' is none of system, user, assistant and tool') }}"
         "{% endif %}{% endfor %}"
     )
 
 
 def _expression(template: str) -> str:
-    names = {"instruction": "message.content", "input": "message.input|default('')", None: "''"}
+    names = {"instruction": "message['content']", "input": "message['input']|default('')", None: "''"}
     parts = [part for text, field, _, _ in string.Formatter().parse(template) for part in (ascii(text), names[field])]
     return "{{ " + " ~ ".join(parts) + " }}"

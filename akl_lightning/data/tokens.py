@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 Range = tuple[int, int]
 """Characters of a text, from the first to behind the last."""
@@ -74,9 +75,15 @@ class Tokenize:
         whole = [index for index, text in enumerate(texts) if self._exact and not text.literal]
         found: dict[int, Tokens] = {}
         if whole:
-            said = self.tokenizer([texts[index].text for index in whole], add_special_tokens=False, verbose=False)
-            for row, index in enumerate(whole):
-                tokens = self._whole(said, row, texts[index], behind[index])
+            said = self.tokenizer(
+                [texts[index].text for index in whole],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            for index, encoding in zip(whole, said.encodings, strict=True):
+                tokens = self._whole(encoding, texts[index], behind[index])
                 if tokens is not None:
                     found[index] = tokens
         return [
@@ -97,18 +104,19 @@ class Tokenize:
         (tokens,) = self.many([Text(last + text, [len(last)], moved)], [()])
         return tokens.ids[tokens.at[len(last)] :]
 
-    def _whole(self, said: BatchEncoding, row: int, text: Text, behind: Iterable[int]) -> Tokens | None:
+    @staticmethod
+    def _whole(encoding: Encoding, text: Text, behind: Iterable[int]) -> Tokens | None:
         """Tokens out of the one call, or None where one reaches over a cut."""
-        ids = said["input_ids"][row]
+        ids = encoding.ids
         at = {}
         for character in {*text.cuts, *behind}:
             position, index = character, None
-            while position < len(text.text) and (index := said.char_to_token(row, position)) is None:
+            while position < len(text.text) and (index := encoding.char_to_token(position)) is None:
                 position += 1
             if index is None:
                 at[character] = len(ids)
                 continue
-            begins, _ = said.token_to_chars(row, index) or (character, character)
+            begins, _ = encoding.token_to_chars(index) or (character, character)
             if begins < character and character in text.cuts:
                 return None
             at[character] = index + (begins < character)

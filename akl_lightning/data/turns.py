@@ -3,10 +3,9 @@
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from akl_lightning.data.messages import content_text
-from akl_lightning.data.rendering import Message, Rendering, SampleError
+from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
 from akl_lightning.data.templates import CLOSE, OPEN
 
 SPOT = "Whereto?"
@@ -47,29 +46,19 @@ class Turns:
         self._ends = re.compile(ends or "(?!)")
         self._soon = re.compile(rf"\s*(?:{ends})" if ends else re.escape(rendering.tail))
 
-    def find(
-        self, whole: str, messages: list[Message], tools: list[Any] | None, prompt: str | None = None
-    ) -> list[Turn]:
-        """The turns of the assistant, in order.
-
-        Args:
-            whole: what the template has written.
-            messages: the conversation.
-            tools: the tools that the template was given.
-            prompt: what the last message answers, where it is known already.
+    def find(self, written: Written) -> list[Turn]:
+        """The turns of the assistant in a conversation, in order.
 
         Raises:
             SampleError: the template writes a turn so that it cannot be told where it stands.
         """
-        spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        marks = self._marks(whole, messages, tools)
+        whole = written.whole
+        spoken = [index for index, message in enumerate(written.messages) if message["role"] == "assistant"]
+        marks = self._marks(written)
         turns = []
         for number, index in enumerate(spoken):
             try:
-                before = prompt if index + 1 == len(messages) else None
-                if before is None and index:
-                    before = self.rendering.text(messages[:index], tools, prompt=True)
-                turns.append(self._turn(whole, messages, index, tools, before))
+                turns.append(self._turn(written, index))
             except SampleError:
                 if marks is None or len(marks) != len(spoken):
                     raise
@@ -85,9 +74,9 @@ class Turns:
     # ----------------------------------------------------------------------------------------------------------------
     # What the template marks
 
-    def _marks(self, whole: str, messages: list[Message], tools: list[Any] | None) -> list[tuple[int, int]] | None:
-        text = self.rendering.marked(messages, tools)
-        if text is None or text.replace(OPEN, "").replace(CLOSE, "") != whole:
+    def _marks(self, written: Written) -> list[tuple[int, int]] | None:
+        text = self.rendering.marked(written.messages, written.tools)
+        if text is None or text.replace(OPEN, "").replace(CLOSE, "") != written.whole:
             return None  # no marks, or ones that the template looks at what is in between
         marks = []
         for number, piece in enumerate(re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", text)):
@@ -114,16 +103,14 @@ class Turns:
     # ----------------------------------------------------------------------------------------------------------------
     # What it writes step by step
 
-    def _turn(
-        self, whole: str, messages: list[Message], index: int, tools: list[Any] | None, prompt: str | None
-    ) -> Turn:
-        message, rendering = messages[index], self.rendering
-        start = self._start(whole, messages, index, tools, prompt)
+    def _turn(self, written: Written, index: int) -> Turn:
+        whole, message, rendering = written.whole, written.messages[index], self.rendering
+        start = self._start(written, index)
         calls = message.get("tool_calls")
         if start is not None:
             said = None if calls else self._behind(whole, start, content_text(message))
         else:
-            begins, said = self._around(whole, messages, index, tools)
+            begins, said = self._around(written, index)
             start = begins - len(rendering.before) if whole[:begins].endswith(rendering.before) else begins
             if calls:
                 raise _unclear("it writes a call of a tool anew when the conversation goes on")
@@ -133,7 +120,7 @@ class Turns:
                 return Turn(start, said, found.end())
             if not rendering.ends:
                 return Turn(start, said, said)
-        stop = self._stop(whole, messages, index, tools)
+        stop = self._stop(written, index)
         if not rendering.ends:
             end = start + len(whole[start:stop].rstrip())
             return Turn(start, end, end)
@@ -144,18 +131,15 @@ class Turns:
             raise SampleError("the chat template leaves out a part of what the assistant says.")
         return Turn(start, ends[-1].start(), ends[-1].end())
 
-    def _start(
-        self, whole: str, messages: list[Message], index: int, tools: list[Any] | None, prompt: str | None
-    ) -> int | None:
+    def _start(self, written: Written, index: int) -> int | None:
         """Where a turn begins, if what stands before it is what the template writes of the messages before."""
-        if prompt is None:
-            return None
-        if whole.startswith(prompt):
+        prompt = written.prompt(index)
+        if prompt and written.whole.startswith(prompt):
             return len(prompt)
         # A prompt may hold what is left out when the conversation goes on, such as an empty thought.
-        head = self.rendering.assistant_head
-        before = self.rendering.text(messages[:index], tools) + head if head else ""
-        return len(before) if before and whole.startswith(before) else None
+        head = self.rendering.assistant_head if prompt else ""
+        before = self.rendering.text(written.messages[:index], written.tools) + head if head else ""
+        return len(before) if before and written.whole.startswith(before) else None
 
     def _behind(self, whole: str, start: int, content: str) -> int | None:
         """Behind an answer that stands where it must, perhaps without the white space around it."""
@@ -165,21 +149,25 @@ class Turns:
                     return start + len(before) + len(text)
         return None
 
-    def _around(self, whole: str, messages: list[Message], index: int, tools: list[Any] | None) -> tuple[int, int]:
+    def _around(self, written: Written, index: int) -> tuple[int, int]:
         """Where an answer stands, found by marks around it."""
-        content = content_text(messages[index])
+        content = content_text(written.messages[index])
         core = content.strip()
         if core:
             before, behind = content[: content.find(core)], content[content.find(core) + len(core) :]
-            other = self._replaced(messages, index, f"{before}{OPEN}{core}{CLOSE}{behind}")
-            text = self.rendering.text(other, tools)
-            if text.replace(OPEN, "").replace(CLOSE, "") == whole and text.count(OPEN) == text.count(CLOSE) == 1:
+            other = self._replaced(written.messages, index, f"{before}{OPEN}{core}{CLOSE}{behind}")
+            text = self.rendering.text(other, written.tools)
+            if (
+                text.replace(OPEN, "").replace(CLOSE, "") == written.whole
+                and text.count(OPEN) == text.count(CLOSE) == 1
+            ):
                 start = text.find(OPEN)
                 return start, start + len(core)
         raise _unclear("it writes earlier turns anew when the conversation goes on")
 
-    def _stop(self, whole: str, messages: list[Message], index: int, tools: list[Any] | None) -> int:
+    def _stop(self, written: Written, index: int) -> int:
         """Where the message behind a turn begins, at the latest."""
+        whole, messages, tools = written.whole, written.messages, written.tools
         if index + 1 == len(messages):
             return len(whole)
         following = {**messages[index + 1], "content": messages[index + 1].get("content", "")}

@@ -1,3 +1,4 @@
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_an_empty_folder_is_taken_and_a_full_one_refused_before_training(
     assert error.endswith("student is not empty and is never overwritten: give StudentExport another dirpath.")
     assert {path: path.read_bytes() for path in (tmp_path / "student").iterdir()} == before
     assert not (tmp_path / "other/checkpoints").exists() and not list(tmp_path.glob("student-v*"))
+
+
+def test_the_tokenizer_has_the_template_that_was_given(data: InstructionDataModule, tmp_path: Path) -> None:
+    exports = [StudentExport(str(tmp_path / name)) for name in ("none", "own")]
+    fit(data, exports[0], tmp_path, epochs=1)
+    own = InstructionDataModule(data.tokenizer, data.source, "Q: {instruction}\nA:", 4, 40, test_size=4)
+    fit(own, exports[1], tmp_path, epochs=1)
+    without, tokenizer = (AutoTokenizer.from_pretrained(export.exported) for export in exports)
+    assert without.chat_template is None and data.tokenizer.chat_template is None
+    row = own.splits["train"][0]
+    asked = json.loads(row["messages"])[:1]
+    assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == row["prompt_ids"]
 
 
 def test_without_a_folder_the_next_free_name_is_taken(

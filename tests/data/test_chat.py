@@ -265,6 +265,20 @@ def test_one_beginning_and_no_end_after_a_prompt(make: Any, template: str) -> No
     assert encoded.spans == [(1, len(encoded.input_ids))]
 
 
+@pytest.mark.parametrize(
+    "template", ["plain", "alpaca", "chatml", tokenizers.CHATML, "{{ bos_token }}Q: {instruction}"]
+)
+@pytest.mark.parametrize("make", [tokenizers.llama3, tokenizers.gemma, tokenizers.mistral, tokenizers.base])
+def test_a_tokenizer_with_a_given_template_writes_what_is_learnt(make: Any, template: str) -> None:
+    chat, served = Chat(make(), template), make()
+    served.chat_template = chat.given_template
+    asked = [system("Be short."), *TWO[:3]]
+    assert served.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == (
+        chat.encode(record(*asked, TWO[3])).prompt_ids
+    )
+    assert Chat(make()).given_template is None and Chat(tokenizers.base(), "chat").given_template is None
+
+
 def test_chatml_ends_with_the_end_of_text_where_its_own_is_no_token() -> None:
     tokenizer = tokenizers.gpt2()
     chat = Chat(tokenizer, "chatml")

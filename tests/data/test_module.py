@@ -16,6 +16,7 @@ from akl_lightning.data.sources import HubDataset, JsonLines
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 from tests.conftest import PAIRS, QUIET, gpt2
+from tests.data.tokenizers import CHATML
 
 
 def write(path: Path, *lines: object) -> str:
@@ -70,6 +71,33 @@ def test_single_turns_have_the_tokens_of_earlier_versions(tokenizer, corpus: str
             len(prompt),
             len(whole) - len(prompt),
         )
+
+
+def test_each_thing_is_said_once(tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where the data are read before the models, which then turn out to have fewer positions."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    records = [said("one", "two " * 90, "three", "four"), {**said("five", "six"), "tools": tools}]
+    records += [said("one", "two " * 2000), {"instruction": "seven", "output": 8}, {"text": "nine"}]
+    paths = [write(tmp_path / f"{name}.jsonl", *records) for name in ("train", "validation")]
+    before, data = (
+        InstructionDataModule(tokenizer, JsonLines(*paths), test_size=0, template="{{ eos_token }}" + CHATML)
+        for _ in range(2)
+    )
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        before.setup("fit")
+        data.go_on_from(before)
+        Trainer(**QUIET, max_steps=1).fit(DistillationModule(gpt2(), gpt2(24)), data)
+    heard = [record.getMessage() for record in caplog.records]
+    assert data.max_length == 64 and max(data.splits["train"]["length"]) <= 64
+    for line in (
+        "records have a number or boolean",
+        "samples have tools",
+        "at 1,024 tokens",
+        "at 64 tokens",
+        "is 64 inst",
+    ):
+        assert sum(line in one for one in heard) == len({one for one in heard if line in one}) >= 1, line
+    assert sorted(heard) == sorted(set(heard))
 
 
 def test_prompts_are_padded_on_the_left(tokenizer, corpus: str) -> None:

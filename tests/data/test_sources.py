@@ -328,6 +328,20 @@ def test_data_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     datasets.DatasetDict(train=rows, test=rows, extra=rows).save_to_disk(str(tmp_path / "two"))
     assert set(HubDataset(str(tmp_path / "two")).load()) == {"train", "test"}
     assert "the splits extra are left, only train, test are read" in caplog.text
+    others = datasets.DatasetDict(train_sft=rows, test_sft=rows.select([1]), train_gen=rows)
+    others.save_to_disk(str(tmp_path / "sft"))
+    with pytest.raises(
+        UsageError, match=r"neither a split 'train' nor 'test', only train_sft, test_sft, train_gen: name"
+    ):
+        HubDataset(str(tmp_path / "sft")).load()
+    with pytest.raises(UsageError, match="has no split 'train_dpo', only train_sft, test_sft, train_gen"):
+        HubDataset(str(tmp_path / "sft"), splits={"train": "train_dpo"}).load()
+    named = HubDataset(str(tmp_path / "sft"), splits={"train": "train_sft", "test": "test_sft"}).load()
+    assert {split: prompts(data) for split, data in named.items()} == {
+        "train": [f"a{n}" for n in range(5)],
+        "test": ["a1"],
+    }
+    assert "the splits train_gen are left, only train_sft, test_sft are read" in caplog.text
     rows.rename_column("output", "response").to_json(tmp_path / "three/raw.jsonl")
     (one, *_) = HubDataset(str(tmp_path / "three"), data_files="raw.jsonl", output="response").load()["train"]
     assert one["form"] == "instruction" and one["line"] == 0

@@ -1,0 +1,85 @@
+"""Templates that write one message after another, so that one rendering tells every prompt of a conversation."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+
+from akl_lightning.compat import compiled_chat_template
+from akl_lightning.data.templates import BEHIND_MESSAGE
+
+_PLAIN = (nodes.Template, nodes.Output, nodes.If, nodes.For, nodes.Assign, nodes.Expr, nodes.Helper)
+_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
+_KNOWN_OF_LOOP = ("first", "index", "index0")
+
+
+class InTurn:
+    """A template that writes one message after another.
+
+    Args:
+        messages: writes them, with :data:`~akl_lightning.data.templates.BEHIND_MESSAGE` behind each.
+        asks: writes what asks for an answer.
+    """
+
+    def __init__(self, messages: jinja2.Template, asks: jinja2.Template) -> None:
+        self.messages = messages
+        self.asks = asks
+
+    def pieces(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any]
+    ) -> list[str] | None:
+        """What is written of each message; None where it cannot be told apart, or where the template fails."""
+        # What apply_chat_template gives other names, or leaves out.
+        if any(None in message.values() or _THOUGHTS & set(message) for message in messages):
+            return None
+        try:
+            written = self.messages.render(messages=messages, tools=tools, documents=None, **variables)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError):
+            return None
+        *pieces, behind = written.split(BEHIND_MESSAGE)
+        return pieces if len(pieces) == len(messages) and not behind else None
+
+
+@cache
+def in_turn(text: str) -> InTurn | None:
+    """A template that writes one message after another; None for all others.
+
+    Its text alone must show that what it writes up to a message depends on nothing behind it, and what it asks for an
+    answer with on no message at all: it is one loop over all messages, which looks at the first and at the one whose
+    turn it is, and behind it there is nothing but what ``add_generation_prompt`` asks for.
+    """
+    environment = compiled_chat_template(text).environment
+    tree = environment.parse(text)
+    places = [place for place, node in enumerate(tree.body) if isinstance(node, nodes.For)]
+    if len(places) != 1 or not all(isinstance(node, _PLAIN) for node in tree.find_all(nodes.Node)):
+        return None
+    before, loop, behind = tree.body[: places[0]], tree.body[places[0]], tree.body[places[0] + 1 :]
+    over_all = _is_name(loop.iter, "messages") and isinstance(loop.target, nodes.Name) and loop.test is None
+    first = [node for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const) and node.arg.value == 0]
+    known = [node for node in tree.find_all(nodes.Getattr) if node.attr in _KNOWN_OF_LOOP]
+    uses = {
+        "messages": 1 + sum(_is_name(node.node, "messages") for node in first),
+        "loop": sum(_is_name(node.node, "loop") for node in known),
+        "add_generation_prompt": len(behind),
+        "namespace": 0,  # it would carry what a message says to what stands behind them all
+    }
+    asked = [node.body for node in behind if _is_name(getattr(node, "test", None), "add_generation_prompt")]
+    otherwise = [node for node in (loop, *behind) if getattr(node, "else_", None) or getattr(node, "elif_", None)]
+    names = [node.name for node in tree.find_all(nodes.Name)]
+    if not over_all or loop.recursive or otherwise or len(asked) != len(behind):
+        return None
+    if any(names.count(name) != count for name, count in uses.items()):
+        return None
+    set_before = {name.name for node in before for name in node.find_all(nodes.Name) if name.ctx == "store"}
+    asks = nodes.Template([node for body in asked for node in body], lineno=1).set_environment(environment)
+    if meta.find_undeclared_variables(asks) & {"messages", "tools", *set_before}:
+        return None
+    loop.body.append(nodes.Output([nodes.TemplateData(BEHIND_MESSAGE)], lineno=loop.lineno))
+    compiled = environment.from_string(tree.set_environment(environment))
+    return InTurn(compiled, environment.from_string(asks))
+
+
+def _is_name(node: Any, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
