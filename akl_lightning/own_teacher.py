@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import akl_lightning
@@ -143,7 +143,10 @@ def _train_tokenizer(records: datasets.Dataset, vocab_size: int) -> PreTrainedTo
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(map(_all_texts, records), vocab_size, special_tokens=[END_OF_TEXT], length=len(records))
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
     )
 
 
