@@ -167,7 +167,7 @@ class StudentExport(Callback):
         path = claim_folder(path)
         facts = facts_of_run(trainer)
         model, tokenizer = module.student.model, self.tokenizer or module.find_tokenizer()
-        if tokenizer is facts.tokenizer is not None and facts.chat_template is not None:
+        if tokenizer is not None and tokenizer is facts.tokenizer and facts.chat_template is not None:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = facts.chat_template
         if hasattr(model, "peft_config") and (self.merge or virtual_tokens(model)):

@@ -39,7 +39,7 @@ class Noticed:
     """Whether it is a prompt, as a question comes last, in which the assistant has said something before."""
 
     @property
-    def noticed(self) -> dict[str, bool]:
+    def noticed(self) -> dict[str, Any]:
         """All of it by name."""
         return {each.name: getattr(self, each.name) for each in fields(Noticed)}
 

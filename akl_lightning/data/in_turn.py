@@ -52,10 +52,11 @@ def in_turn(text: str) -> InTurn | None:
     """
     environment = compiled_chat_template(text).environment
     tree = environment.parse(text)
-    places = [place for place, node in enumerate(tree.body) if isinstance(node, nodes.For)]
-    if len(places) != 1 or not all(isinstance(node, _PLAIN) for node in tree.find_all(nodes.Node)):
+    loops = [node for node in tree.body if isinstance(node, nodes.For)]
+    if len(loops) != 1 or not all(isinstance(node, _PLAIN) for node in tree.find_all(nodes.Node)):
         return None
-    before, loop, behind = tree.body[: places[0]], tree.body[places[0]], tree.body[places[0] + 1 :]
+    loop, place = loops[0], tree.body.index(loops[0])
+    before, behind = tree.body[:place], tree.body[place + 1 :]
     over_all = _is_name(loop.iter, "messages") and isinstance(loop.target, nodes.Name) and loop.test is None
     first = [node for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const) and node.arg.value == 0]
     known = [node for node in tree.find_all(nodes.Getattr) if node.attr in _KNOWN_OF_LOOP]
@@ -65,7 +66,9 @@ def in_turn(text: str) -> InTurn | None:
         "add_generation_prompt": len(behind),
         "namespace": 0,  # it would carry what a message says to what stands behind them all
     }
-    asked = [node.body for node in behind if _is_name(getattr(node, "test", None), "add_generation_prompt")]
+    asked = [
+        node.body for node in behind if isinstance(node, nodes.If) and _is_name(node.test, "add_generation_prompt")
+    ]
     otherwise = [node for node in (loop, *behind) if getattr(node, "else_", None) or getattr(node, "elif_", None)]
     names = [node.name for node in tree.find_all(nodes.Name)]
     if not over_all or loop.recursive or otherwise or len(asked) != len(behind):
@@ -73,12 +76,13 @@ def in_turn(text: str) -> InTurn | None:
     if any(names.count(name) != count for name, count in uses.items()):
         return None
     set_before = {name.name for node in before for name in node.find_all(nodes.Name) if name.ctx == "store"}
-    asks = nodes.Template([node for body in asked for node in body], lineno=1).set_environment(environment)
+    asks = nodes.Template([node for body in asked for node in body], lineno=1)
+    asks.set_environment(environment)
     if meta.find_undeclared_variables(asks) & {"messages", "tools", *set_before}:
         return None
     loop.body.append(nodes.Output([nodes.TemplateData(BEHIND_MESSAGE)], lineno=loop.lineno))
-    compiled = environment.from_string(tree.set_environment(environment))
-    return InTurn(compiled, environment.from_string(asks))
+    tree.set_environment(environment)
+    return InTurn(environment.from_string(tree), environment.from_string(asks))
 
 
 def _is_name(node: Any, name: str) -> bool:

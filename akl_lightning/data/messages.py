@@ -95,7 +95,8 @@ def literal_ranges(pattern: re.Pattern[str], written: Written) -> list[tuple[int
     said = [written.messages, written.tools]
     if not _has(pattern, said):
         return []
-    text = written.rendering.text(*_marked(pattern, said), written.asks)
+    messages, tools = _marked(pattern, said)
+    text = written.rendering.text(messages, tools, written.asks)
     if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written.whole:
         raise SampleError("the chat template takes apart what looks like a special token in a content: reword it.")
     found = re.finditer(f"{LITERAL}(.*?){BEHIND_LITERAL}", text, re.DOTALL)

@@ -116,7 +116,7 @@ class Rendering:
         """What is written of each message, and how an answer is asked for; None where neither can be told for sure."""
         text = self._text_for_tools if tools else self._text
         template = in_turn(text)
-        pieces = template and template.pieces(messages, tools, self._variables)
+        pieces = None if template is None else template.pieces(messages, tools, self._variables)
         if template is None or pieces is None:
             return None
         if text not in self._asks:
