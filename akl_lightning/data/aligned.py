@@ -4,14 +4,12 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.collate import NO_TURN, TEACHER
-from akl_lightning.data.encode import cache_file, content_of
 from akl_lightning.data.messages import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers import alignment
@@ -19,10 +17,11 @@ from akl_lightning.tokenizers import bytes as bytes_
 from akl_lightning.tokenizers.alignment import NONE, Side, align, align_from
 from akl_lightning.tokenizers.bytes import TokenBytes
 
-FEATURES = {name: datasets.List(datasets.Value("int32")) for name in TEACHER} | {
-    "not_aligned": datasets.Value("string")
-}
-"""Columns that a tokenized split gets."""
+if TYPE_CHECKING:
+    import datasets
+
+COLUMNS = (*TEACHER, "not_aligned")
+"""What a tokenized split gets."""
 
 _READ = ("messages", "tools", "cut", "file", "line", "input_ids", "spans", "turns")
 """Columns of a split that its other side depends on."""
@@ -220,9 +219,9 @@ def _by_turn(spans: Sequence[tuple[int, int]], turns: Sequence[int]) -> dict[int
 
 
 def align_splits(
-    splits: Mapping[str, datasets.Dataset], pairing: Pairing, num_proc: int = 0
-) -> dict[str, datasets.Dataset]:
-    """The splits with the teacher's side of each sample, :data:`FEATURES`; what comes of it is said.
+    splits: "Mapping[str, datasets.Dataset]", pairing: Pairing, num_proc: int = 0
+) -> "dict[str, datasets.Dataset]":
+    """The splits with the teacher's side of each sample, :data:`COLUMNS`; what comes of it is said.
 
     Args:
         splits: tokenized.
@@ -244,16 +243,21 @@ def align_splits(
     return {split: _aligned_alone(rows, split, refused[split]) for split, rows in written.items()}
 
 
-def _written(rows: datasets.Dataset, split: str, pairing: Pairing, num_proc: int) -> datasets.Dataset:
-    if set(FEATURES) <= set(rows.column_names):  # of another teacher
-        rows = rows.remove_columns(list(FEATURES))
-    features = datasets.Features({**rows.features, **FEATURES})
+def _written(rows: "datasets.Dataset", split: str, pairing: Pairing, num_proc: int) -> "datasets.Dataset":
+    import datasets
+
+    from akl_lightning.data.encode import cache_file, content_of
+
+    if set(COLUMNS) <= set(rows.column_names):  # of another teacher
+        rows = rows.remove_columns(list(COLUMNS))
+    of_teacher = {name: datasets.List(datasets.Value("int32")) for name in TEACHER}
+    features = datasets.Features({**rows.features, **of_teacher, "not_aligned": datasets.Value("string")})
     if not len(rows):
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
     depends_on = [
         content_of(rows, _READ)[0],
         pairing.digest,
-        *FEATURES,
+        *COLUMNS,
         *_CODE,
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
@@ -282,7 +286,7 @@ def _pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[s
     }
 
 
-def _aligned_alone(rows: datasets.Dataset, split: str, refused: Sequence[str]) -> datasets.Dataset:
+def _aligned_alone(rows: "datasets.Dataset", split: str, refused: Sequence[str]) -> "datasets.Dataset":
     """Without those that are not, and a word about both."""
     if not len(rows):
         return rows

@@ -1,15 +1,18 @@
 """Rows of a tokenized split, and how they become a batch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from akl_lightning.data.sampler import FILLER
 from akl_lightning.tokenizers.alignment import NONE
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORE_INDEX = -100
 """Label of what is not to be learnt."""
@@ -39,7 +42,7 @@ class Rows(torch.utils.data.Dataset):
         among: the samples of the split that it is about; None for all.
     """
 
-    def __init__(self, data: datasets.Dataset, columns: Sequence[str], among: Sequence[int] | None = None) -> None:
+    def __init__(self, data: "datasets.Dataset", columns: Sequence[str], among: Sequence[int] | None = None) -> None:
         self.data = data.select_columns(list(columns))
         self.columns = columns
         self.among = range(len(data)) if among is None else among
@@ -52,6 +55,11 @@ class Rows(torch.utils.data.Dataset):
             return {**{name: [] for name in self.columns}, "index": FILLER}
         index = int(self.among[place])
         return {**self.data[index], "index": index}
+
+
+def column(rows: "datasets.Dataset", name: str) -> np.ndarray:
+    """A column of numbers, or of texts, as an array."""
+    return rows.select_columns(name).with_format("arrow")[:][name].to_numpy()
 
 
 def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:

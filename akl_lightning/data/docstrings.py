@@ -8,13 +8,15 @@ import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 from tqdm.auto import tqdm
 
 from akl_lightning.data.records import Row, Source, conversation
-from akl_lightning.data.store import store
 from akl_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class Docstrings(Source):
@@ -39,7 +41,9 @@ class Docstrings(Source):
         also = "".join(f", of {package}" for package in self.packages)
         return f"the documentation of Python {platform.python_version()}'s standard library{also}"
 
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self) -> "dict[str, datasets.Dataset]":
+        from akl_lightning.data.store import store
+
         library = Path(sysconfig.get_path("stdlib"))
         paths = [(path, path.relative_to(library)) for path in sorted(library.rglob("*.py"))]
         for package in self.packages:

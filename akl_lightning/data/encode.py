@@ -22,8 +22,9 @@ from akl_lightning.data import chat as chats
 from akl_lightning.data import in_turn, messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
 from akl_lightning.data.chat import Chat, Noticed
+from akl_lightning.data.collate import column
 from akl_lightning.data.lengths import Lengths, fit
-from akl_lightning.data.records import RECORD_FEATURES
+from akl_lightning.data.store import RECORD_FEATURES
 from akl_lightning.errors import UsageError
 
 _IDS = datasets.List(datasets.Value("int32"))
@@ -110,11 +111,6 @@ def learnt_first(rows: datasets.Dataset) -> datasets.Dataset:
     """Those of which something is learnt, in their order, then prompts alone."""
     learnt = column(rows, "learnt") > 0
     return rows if learnt.all() else rows.select(np.argsort(~learnt, kind="stable"))
-
-
-def column(rows: datasets.Dataset, name: str) -> np.ndarray:
-    """A column of numbers, or of texts, as an array."""
-    return rows.select_columns(name).with_format("arrow")[:][name].to_numpy()
 
 
 # A function of its arguments alone, which name the file that its result is cached in.

@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from akl_lightning.data.collate import PROMPTS, Rows
-from akl_lightning.data.encode import column
+from akl_lightning.data.collate import PROMPTS, Rows, column
 from akl_lightning.data.facts import positions_of
 from akl_lightning.data.preview import summary
 from akl_lightning.data.sampler import StepSampler, accumulated

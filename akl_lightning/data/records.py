@@ -4,9 +4,10 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:  # a third of a second, which a command line does not wait for
+    import datasets
 
 Message = dict[str, Any]
 """``role`` (system, user, assistant or tool) and ``content`` (a text, a list of parts, or None beside ``tool_calls``),
@@ -14,23 +15,7 @@ with whatever else the form had: ``tool_calls``, ``tool_call_id``, ``name``, ``r
 on an assistant's message that is not to be learnt. The ``input`` of an instruction is a key of its user's message."""
 
 Row = dict[str, Any]
-"""A value for each of :data:`RECORD_FEATURES`."""
-
-RECORD_FEATURES = datasets.Features(
-    {
-        "messages": datasets.Value("string"),  # JSON of a list of messages, "" for a document
-        "tools": datasets.Value("string"),  # JSON of a list, "" for none
-        "text": datasets.Value("string"),  # a document, else ""
-        "references": datasets.List(datasets.Value("string")),  # every acceptable response, where there are several
-        "cut": datasets.Value("bool"),  # whether the last response was cut off, so that no end is to be learnt
-        "form": datasets.Value("string"),
-        "file": datasets.Value("string"),
-        "line": datasets.Value("int64"),  # from 1; of a column file the row, from 0
-        "name": datasets.Value("string"),
-        "key": datasets.Value("uint64"),  # decides the split
-    }
-)
-"""The one schema of all sources. A conversation whose last message is not the assistant's is a prompt alone."""
+"""A value for each of :data:`~akl_lightning.data.store.RECORD_FEATURES`."""
 
 _CONTENT = ("messages", "tools", "text", "references", "cut", "name")
 """The columns by which records are equal."""
@@ -40,10 +25,11 @@ class Source(ABC):
     """Gives records."""
 
     @abstractmethod
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self) -> "dict[str, datasets.Dataset]":
         """Records under ``train``, and under ``validation`` and ``test`` where the source knows these splits.
 
-        A test set has its records under ``test`` alone. The columns are those of :data:`RECORD_FEATURES`.
+        A test set has its records under ``test`` alone. The columns are those of
+        :data:`~akl_lightning.data.store.RECORD_FEATURES`.
         """
 
     @property
@@ -125,14 +111,14 @@ def _digest(values: Iterable[Any]) -> bytes:
     return hashlib.blake2b("\0".join(map(str, values)).encode(), digest_size=16).digest()
 
 
-def row_digests(records: datasets.Dataset) -> Iterable[bytes]:
+def row_digests(records: "datasets.Dataset") -> Iterable[bytes]:
     """:func:`row_digest` of each."""
     for batch in records.select_columns(list(_CONTENT)).with_format(None).iter(1000):
         for values in zip(*(batch[column] for column in _CONTENT), strict=True):
             yield _digest(values)
 
 
-def content_digest(*records: datasets.Dataset) -> str:
+def content_digest(*records: "datasets.Dataset") -> str:
     """SHA-256 of what records say, in their order."""
     whole = hashlib.sha256()
     for part in records:

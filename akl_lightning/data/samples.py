@@ -2,23 +2,24 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import datasets
 from jsonargparse import lazy_instance
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.aligned import Pairing, align_splits
 from akl_lightning.data.chat import Chat, Learn
-from akl_lightning.data.collate import LEARNT, TEACHER, Row, Rows, collate, collate_prompts
-from akl_lightning.data.encode import column, learnt_first, tokenize
+from akl_lightning.data.collate import LEARNT, TEACHER, Row, Rows, collate, collate_prompts, column
 from akl_lightning.data.lengths import Lengths, Truncate
 from akl_lightning.data.records import Source
 from akl_lightning.data.sources import Docstrings
 from akl_lightning.data.splits import check_sizes, split_records
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_tokenizer
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_LENGTH = 1024
 """Tokens of a sample where nothing else is set; fewer where a model has fewer positions."""
@@ -130,6 +131,8 @@ class InstructionData:
 
     def encode(self) -> None:
         """Load and split, once, and tokenize."""
+        from akl_lightning.data.encode import learnt_first, tokenize
+
         if not self.records:
             self.chat.introduce()
             self.records = split_records(self.source.load(), self.validation_size, self.test_size)

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import datasets
 import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -20,9 +19,11 @@ from akl_lightning.data.files import READERS, ending, read_file, without_nulls
 from akl_lightning.data.forms import Forms
 from akl_lightning.data.records import Row, Source
 from akl_lightning.data.splits import keys
-from akl_lightning.data.store import firsts, store
 from akl_lightning.errors import UsageError, first_line
 from akl_lightning.hub import out_of_reach
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = ["Docstrings", "Files", "HubDataset", "JsonLines", "Mixture", "PaperTestSet", "Source"]
 
@@ -84,7 +85,7 @@ class Files(Source):
     def description(self) -> str:
         return ", ".join(Path(path).name for paths in self.paths.values() for path in paths)
 
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self) -> "dict[str, datasets.Dataset]":
         return {split: self._read(split, files) for split, files in self._files().items()}
 
     def _files(self) -> dict[str, list[Path]]:
@@ -127,7 +128,9 @@ class Files(Source):
             raise UsageError(f"there is no file {path}: give data.source.path the path of a file, folder or pattern.")
         return [(file, "train") for file in matching]
 
-    def _read(self, split: str, paths: list[Path]) -> datasets.Dataset:
+    def _read(self, split: str, paths: list[Path]) -> "datasets.Dataset":
+        from akl_lightning.data.store import store
+
         def rows(notes: Counter) -> Iterator[Row | None]:
             for path in paths:
                 for record, line, where in read_file(path, self.forms.columns, self.otherwise):
@@ -212,10 +215,10 @@ class HubDataset(Source):
     def description(self) -> str:
         return self.path if self.name is None else f"{self.path}, {self.name}"
 
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self) -> "dict[str, datasets.Dataset]":
         loaded = self._load()
-        if isinstance(loaded, datasets.Dataset):
-            loaded = datasets.DatasetDict(train=loaded)
+        if not isinstance(loaded, dict):
+            loaded = {"train": loaded}
         splits = self.splits or {split: split for split in ("train", "validation", "test") if split in loaded}
         if unknown := [name for name in splits.values() if name not in loaded]:
             raise UsageError(f"the data set {self.path!r} has no split {unknown[0]!r}, only {', '.join(loaded)}.")
@@ -230,7 +233,9 @@ class HubDataset(Source):
             rank_zero_info(f"{self.path}: the splits {', '.join(left)} are left, only {read} are read")
         return {split: self._read(split, loaded[name]) for split, name in splits.items()}
 
-    def _read(self, split: str, data: datasets.Dataset) -> datasets.Dataset:
+    def _read(self, split: str, data: "datasets.Dataset") -> "datasets.Dataset":
+        from akl_lightning.data.store import store
+
         where = f"{self.path}, {split}"
         known = [name for name in data.column_names if name in self.forms.columns]
         if len(data) and not known:
@@ -250,7 +255,9 @@ class HubDataset(Source):
         files = [[file["filename"], _digest_of(Path(file["filename"]))] for file in data.cache_files]
         return store(where, [where, files, self.forms.names] if files else None, rows)
 
-    def _load(self) -> datasets.Dataset | datasets.DatasetDict:
+    def _load(self) -> "datasets.Dataset | dict[str, datasets.Dataset]":
+        import datasets
+
         path = Path(self.path)
         try:
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -280,6 +287,8 @@ class HubDataset(Source):
 @contextmanager
 def _without_hub(out_of_reach: bool) -> Iterator[None]:
     """Let ``datasets`` look into its cache alone, where the hub gives no answer."""
+    import datasets
+
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or out_of_reach
     try:
@@ -311,7 +320,7 @@ class PaperTestSet(Source):
     def description(self) -> str:
         return "/".join(self.files[self.name])
 
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self) -> "dict[str, datasets.Dataset]":
         repository, file = self.files[self.name]
         try:
             path = hf_hub_download(repository, file, repo_type="dataset", local_files_only=out_of_reach(repository))
@@ -351,7 +360,11 @@ class Mixture(Source):
         shares = [f"{weight:g} × " for weight in self.weights] if self.weights else [""] * len(self.sources)
         return " + ".join(share + source.description for share, source in zip(shares, self.sources, strict=True))
 
-    def load(self) -> dict[str, datasets.Dataset]:
+    def load(self) -> "dict[str, datasets.Dataset]":
+        import datasets
+
+        from akl_lightning.data.store import firsts
+
         loaded = [source.load() for source in self.sources]
         mixed = {}
         for split in ("train", "validation", "test"):
@@ -371,8 +384,8 @@ class Mixture(Source):
         return mixed
 
     def _weighted(
-        self, loaded: Sequence[dict[str, datasets.Dataset]], weights: Sequence[float]
-    ) -> list[datasets.Dataset]:
+        self, loaded: "Sequence[dict[str, datasets.Dataset]]", weights: Sequence[float]
+    ) -> "list[datasets.Dataset]":
         trained = []
         for source, splits in zip(self.sources, loaded, strict=True):
             if "train" not in splits:

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
-from akl_lightning.data.records import RECORD_FEATURES
 from akl_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def split_records(
-    records: Mapping[str, datasets.Dataset], validation_size: int | float, test_size: int | float
-) -> dict[str, datasets.Dataset]:
+    records: "Mapping[str, datasets.Dataset]", validation_size: int | float, test_size: int | float
+) -> "dict[str, datasets.Dataset]":
     """Fill the missing splits from the training records, by a hash of each record's name or prompt.
 
     Args:
@@ -27,6 +29,10 @@ def split_records(
     Raises:
         UsageError: a size below 0, nothing would be left to train on, or the records are streamed.
     """
+    import datasets
+
+    from akl_lightning.data.store import RECORD_FEATURES
+
     check_sizes(validation_size, test_size)
     splits = dict(records)
     for split, data in splits.items():
@@ -59,7 +65,7 @@ def split_records(
     return splits
 
 
-def keys(records: datasets.Dataset) -> np.ndarray:
+def keys(records: "datasets.Dataset") -> np.ndarray:
     """``[records]`` uint64: what the split goes by, the first bytes of a SHA-256."""
     return records.select_columns("key").with_format("arrow")[:]["key"].to_numpy()
 

@@ -19,8 +19,24 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
-from akl_lightning.data.records import RECORD_FEATURES, Row, row_digest, row_digests
+from akl_lightning.data.records import Row, row_digest, row_digests
 from akl_lightning.errors import UsageError, first_line
+
+RECORD_FEATURES = datasets.Features(
+    {
+        "messages": datasets.Value("string"),  # JSON of a list of messages, "" for a document
+        "tools": datasets.Value("string"),  # JSON of a list, "" for none
+        "text": datasets.Value("string"),  # a document, else ""
+        "references": datasets.List(datasets.Value("string")),  # every acceptable response, where there are several
+        "cut": datasets.Value("bool"),  # whether the last response was cut off, so that no end is to be learnt
+        "form": datasets.Value("string"),
+        "file": datasets.Value("string"),
+        "line": datasets.Value("int64"),  # from 1; of a column file the row, from 0
+        "name": datasets.Value("string"),
+        "key": datasets.Value("uint64"),  # decides the split
+    }
+)
+"""The one schema of all sources. A conversation whose last message is not the assistant's is a prompt alone."""
 
 _ROWS, _CHARACTERS = 1000, 2**26
 """A batch ends at either: it lies in memory, and a column of it may not pass 2 GiB."""

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from akl_lightning.batch import Batch
 from akl_lightning.checkpoint import check_writable
-from akl_lightning.data.encode import column
+from akl_lightning.data.collate import column
 from akl_lightning.data.facts import facts_of_run
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import AnswerFile, Record, digest, prompts_of

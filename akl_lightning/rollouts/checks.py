@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from akl_lightning.data.encode import column
+from akl_lightning.data.collate import column
 from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError

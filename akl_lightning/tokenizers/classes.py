@@ -9,14 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
-import scipy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from akl_lightning.checkpoint import atomic_file, check_writable
@@ -64,6 +60,9 @@ def partition(student: Vocabulary, teacher: Vocabulary) -> Partition:
     Raises:
         UsageError: they share no token.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     sides = student, teacher
     nodes = student.outputs, teacher.outputs
     first = 0, student.outputs
@@ -111,6 +110,9 @@ def _counted(student: Tensor, teacher: Tensor) -> Partition:
 
 def find_partition(student: Vocabulary, teacher: Vocabulary) -> Partition:
     """:func:`partition`, from the cache of ``datasets`` where it was made before."""
+    import datasets
+    import scipy
+
     if not datasets.is_caching_enabled():
         return partition(student, teacher)
     depends_on = [[side.tokens.digest, sorted(side.ends), side.outputs] for side in (student, teacher)]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from akl_lightning.data.forms import Forms
-from akl_lightning.data.records import RECORD_FEATURES, conversation
+from akl_lightning.data.records import conversation
+from akl_lightning.data.store import RECORD_FEATURES
 from akl_lightning.errors import UsageError
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -18,9 +18,10 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from akl_lightning.data import files, forms
-from akl_lightning.data.records import RECORD_FEATURES, Source, content_digest
+from akl_lightning.data.records import Source, content_digest
 from akl_lightning.data.sources import Docstrings, Files, HubDataset, JsonLines, Mixture, PaperTestSet
 from akl_lightning.data.splits import split_records
+from akl_lightning.data.store import RECORD_FEATURES
 from akl_lightning.errors import UsageError
 
 MIXED = [
