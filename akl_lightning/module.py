@@ -126,7 +126,7 @@ class DistillationModule(LightningModule):
         if lora is not None:
             lora = LoraSettings(**lora) if isinstance(lora, dict) else lora  # as a checkpoint has it
             self.save_hyperparameters({"lora": asdict(lora)}, logger=False)
-        if teacher is None and criterion.needs_teacher:
+        if teacher is None and criterion.train().needs_teacher:  # a call builds the default, which comes unbuilt
             raise UsageError(f"criterion.alpha = {criterion.alpha} needs a teacher: give one, or set alpha to 0.")
         models = {"teacher": teacher if has_own_model(teacher) else None, "student": student}
         self.model_tokenizers = {name: tokenizer_of(model, trust_remote_code) for name, model in models.items()}
