@@ -29,17 +29,18 @@ class InTurn:
 
     def pieces(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any]
-    ) -> list[str] | None:
-        """What is written of each message; None where it cannot be told apart, or where the template fails."""
+    ) -> tuple[list[str], str] | None:
+        """What is written of each message, and what asks for an answer; None where that cannot be told for sure."""
         # What apply_chat_template gives other names, or leaves out.
         if any(None in message.values() or _THOUGHTS & set(message) for message in messages):
             return None
+        given = {**variables, "messages": messages, "tools": tools, "documents": None}  # as apply_chat_template does
         try:
-            written = self.messages.render(messages=messages, tools=tools, documents=None, **variables)
+            written, asked = self.messages.render(given), self.asks.render(given)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError):
             return None
         *pieces, behind = written.split(BEHIND_MESSAGE)
-        return pieces if len(pieces) == len(messages) and not behind else None
+        return (pieces, asked) if len(pieces) == len(messages) and not behind else None
 
 
 @cache

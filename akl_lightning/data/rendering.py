@@ -84,7 +84,6 @@ class Rendering:
         self._check_arguments()
         self._marked = with_marks(self._text), with_marks(self._text_for_tools)
         self._variables = {**tokenizer.special_tokens_map, **self.arguments}
-        self._asks: dict[str, str] = {}
         self.writes_tool_calls = "tool_calls" in self._text_for_tools
         self.writes_tools = "tools" in variables(self._text_for_tools)
         self._try()
@@ -114,14 +113,8 @@ class Rendering:
 
     def pieces(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[str], str] | None:
         """What is written of each message, and how an answer is asked for; None where neither can be told for sure."""
-        text = self._text_for_tools if tools else self._text
-        template = in_turn(text)
-        pieces = None if template is None else template.pieces(messages, tools, self._variables)
-        if template is None or pieces is None:
-            return None
-        if text not in self._asks:
-            self._asks[text] = template.asks.render(self._variables)
-        return pieces, self._asks[text]
+        template = in_turn(self._text_for_tools if tools else self._text)
+        return None if template is None else template.pieces(messages, tools, self._variables)
 
     def _render(self, template: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
         def write(conversation: list[Message]) -> str:

@@ -24,6 +24,7 @@ TRUSTED = {
     "a system prompt of its own": WITH_SYSTEM,
     "numbers": NUMBERED,
     "set before": "{% set name = 'x' %}" + LOOP.replace("BODY", "{{ name }}") + ASKS,
+    "asks by documents": LOOP.replace("BODY", "") + ASKS.replace("'assistant:'", "documents is defined"),
     "what all begin with": "{{ bos_token }}{{ tools }}" + LOOP.replace("BODY", "") + ASKS,
 }
 
@@ -98,3 +99,9 @@ def test_what_cannot_be_told_apart_is_rendered_prompt_by_prompt() -> None:
         written = Written(rendering, messages, None)
         assert written.whole == rendering.text(messages)
         assert written.prompt(1) == rendering.text(messages[:1], prompt=True)
+
+
+def test_a_template_that_fails_as_it_asks_is_not_taken_apart() -> None:
+    template = in_turn(LOOP.replace("BODY", "") + ASKS.replace("'assistant:'", "raise_exception('no more')"))
+    assert template is not None
+    assert template.pieces([{"role": "user", "content": "Hi"}], None, {}) is None
