@@ -283,7 +283,7 @@ class CacheWriter(LightningModule):
         self.teacher.release()
         lengths = [counts[row] for row in rows]
         words = np.array([digests[row] for row in rows], DIGEST).view("<i8").reshape(-1, 2)
-        self._parts.append({**parts, "digests": torch.from_numpy(words), "lengths": torch.tensor(lengths)})
+        self._parts.append({**parts, "digests": torch.from_numpy(words), "offsets": torch.tensor(lengths)})
         tokens = sum(lengths)
         self._tokens += tokens
         self._done += tokens
@@ -308,7 +308,7 @@ class CacheWriter(LightningModule):
         if not self._parts:
             return
         tensors = {name: torch.cat([parts[name] for parts in self._parts]) for name in self._parts[0]}
-        lengths = tensors.pop("lengths")
+        lengths = tensors["offsets"]
         content = save({**tensors, "offsets": pad(lengths.cumsum(0), (1, 0))})
         checksum = digest(content)
         file = self.path / folder.shard_name(checksum)
