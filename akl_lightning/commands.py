@@ -1,12 +1,10 @@
 """The commands that need no Lightning, which takes two seconds to import."""
 
-import logging
 import sys
 from collections.abc import Callable
 from typing import Literal
 
 from jsonargparse import set_parsing_settings
-from lightning_utilities.core.rank_zero import rank_zero_only
 
 from akl_lightning.entry import COMMANDS as DESCRIPTIONS
 from akl_lightning.errors import UsageError
@@ -79,9 +77,4 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def main() -> None:
     """Run the command that comes first."""
     set_parsing_settings(add_print_completion_argument=True)
-    # As Lightning does, where it is imported.
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
-    logger = logging.getLogger("lightning_utilities")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(logging.StreamHandler())
     run_command(lambda: COMMANDS[sys.argv[1]](sys.argv[2:]))

@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_utilities.core.rank_zero import rank_zero_info
-
 from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.collate import NO_TURN, TEACHER
 from akl_lightning.data.messages import content_text
 from akl_lightning.errors import UsageError
+from akl_lightning.rank_zero import rank_zero_info
 from akl_lightning.tokenizers import alignment
 from akl_lightning.tokenizers import bytes as bytes_
 from akl_lightning.tokenizers.alignment import NONE, Side, align, align_from

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
@@ -15,6 +14,7 @@ from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
 from akl_lightning.data.turns import Turn, Turns
 from akl_lightning.errors import UsageError
+from akl_lightning.rank_zero import rank_zero_info
 
 Learn = Literal["all_turns", "last_turn", "everything"]
 

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
-from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import check_writable
@@ -26,6 +25,7 @@ from akl_lightning.data.collate import column
 from akl_lightning.data.lengths import Lengths, fit
 from akl_lightning.data.store import RECORD_FEATURES
 from akl_lightning.errors import UsageError
+from akl_lightning.rank_zero import rank_zero_info
 
 _IDS = datasets.List(datasets.Value("int32"))
 _COUNT = datasets.Value("int32")

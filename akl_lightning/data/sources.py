@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from lightning_utilities.core.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from akl_lightning.data.docstrings import Docstrings
@@ -21,6 +20,7 @@ from akl_lightning.data.records import Row, Source
 from akl_lightning.data.splits import keys
 from akl_lightning.errors import UsageError, first_line
 from akl_lightning.hub import out_of_reach
+from akl_lightning.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     import datasets

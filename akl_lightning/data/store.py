@@ -15,12 +15,12 @@ import pyarrow as pa
 from datasets.fingerprint import get_temporary_cache_files_directory
 from datasets.table import MemoryMappedTable
 from filelock import FileLock
-from lightning_utilities.core.rank_zero import rank_zero_info
 
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
 from akl_lightning.data.records import Row, row_digest, row_digests
 from akl_lightning.errors import UsageError, first_line
+from akl_lightning.rank_zero import rank_zero_info
 
 RECORD_FEATURES = datasets.Features(
     {

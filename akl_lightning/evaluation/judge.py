@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from scipy.stats import binomtest
 
 from akl_lightning.checkpoint import atomic_file, free_path
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import AnswerPair, digest, pair_answers
 from akl_lightning.evaluation.chat import ChatEndpoint, Reply, ReplyFile
+from akl_lightning.rank_zero import rank_zero_warn
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 PROMPT = Path(__file__).with_name("judge_prompt.txt").read_text(encoding="utf-8").strip()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.packing import Packed, pack
 from akl_lightning.models.router import router_loss, wants_router_loss
 from akl_lightning.projection import Logits, Projection
+from akl_lightning.rank_zero import rank_zero_warn
 
 
 class SplitModel(nn.Module):
