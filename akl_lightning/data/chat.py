@@ -270,12 +270,12 @@ class Chat:
         prompt = written.prompt(len(before))
         for message in before:
             said = content_text(message).strip()
-            if message["role"] != "assistant" and said in prompt and said not in whole:
+            if message["role"] != "assistant" and prompt is not None and said in prompt and said not in whole:
                 raise SampleError(f"the chat template leaves out what the {message['role']} says once it is answered.")
         turns = self._turns.find(written)
         last = turns[-1]
         learnt = [learn and turn.says(whole) for turn, learn in zip(turns, learnt, strict=True)]
-        prompt = prompt or whole[: last.start]
+        prompt = whole[: last.start] if prompt is None else prompt
         if self.learn == "last_turn":
             learnt = [False] * (len(turns) - 1) + learnt[-1:]
         stop = len(whole) if ends and rendering.ends else last.end if ends else last.said

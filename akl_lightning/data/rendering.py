@@ -270,15 +270,15 @@ class Written:
         self.whole = self._up_to(len(messages), asks)
         """All of it."""
 
-    def prompt(self, index: int) -> str:
-        """What the message with this index answers, up to where the answer begins; nothing for the first.
+    def prompt(self, index: int) -> str | None:
+        """What the message with this index answers, up to where the answer begins; None for the first.
 
         Raises:
             SampleError: the template fails on it.
         """
-        if index not in self._prompts:
-            self._prompts[index] = self._up_to(index, True) if index else ""
-        return self._prompts[index]
+        if index and index not in self._prompts:
+            self._prompts[index] = self._up_to(index, True)
+        return self._prompts.get(index)
 
     def _up_to(self, index: int, asks: bool) -> str:
         if self._pieces is None:

@@ -134,10 +134,12 @@ class Turns:
     def _start(self, written: Written, index: int) -> int | None:
         """Where a turn begins, if what stands before it is what the template writes of the messages before."""
         prompt = written.prompt(index)
-        if prompt and written.whole.startswith(prompt):
+        if prompt is None:
+            return None
+        if written.whole.startswith(prompt):
             return len(prompt)
         # A prompt may hold what is left out when the conversation goes on, such as an empty thought.
-        head = self.rendering.assistant_head if prompt else ""
+        head = self.rendering.assistant_head
         before = self.rendering.text(written.messages[:index], written.tools) + head if head else ""
         return len(before) if before and written.whole.startswith(before) else None
 

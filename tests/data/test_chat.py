@@ -235,6 +235,12 @@ def test_formats_give_the_tokens_that_they_always_gave(template: str, given: str
         assert encoded.spans == [(len(before), len(encoded.input_ids))]
 
 
+def test_an_answer_to_nothing_is_learnt_from_its_first_character() -> None:
+    encoded = Chat(tokenizers.gpt2(), "{instruction}").encode(record(user(""), assistant(" three")))
+    assert encoded.prompt == ""
+    assert encoded.spans == [(0, len(encoded.input_ids))]
+
+
 def test_an_input_stands_behind_the_instruction_where_a_template_knows_none() -> None:
     tokenizer = tokenizers.base()
     encoded = Chat(tokenizer).encode(record(user("Add.", input="1 2"), assistant("3")))
