@@ -37,7 +37,8 @@ def registers_and_stack(
         "PAIR": kernel.PAIRS.get(pair), "SOFTENED": softened, "GRADIENT": gradient is not None, "BLOCK": block,
         "SUMS": block // 4 if aligned else block, **({} if per_row or not teacher else {"ALPHA": None}),
     }  # fmt: skip
-    pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32", "ALPHA": "fp32"}
+    pointers = {"S": logits, "T": logits, "G": gradient or logits, "LABELS": "i64", "OUT": "fp32"}
+    pointers["ALPHA"] = "fp32" if teacher else "fp64"
     divisible = {*ALIGNED, *(IN_ROWS if aligned else ())}
     return compiled(folder, function, constants, pointers, architecture, warps, divisible)
 
@@ -81,7 +82,6 @@ VARIANTS = [
     {"architecture": 90, "teacher": False},
     *({"architecture": architecture, "per_row": True} for architecture in (80, 90, 100)),
     {"architecture": 90, "pair": "total_variation", "softened": True, "per_row": True},
-    {"architecture": 90, "teacher": False, "per_row": True},
 ]
 
 
