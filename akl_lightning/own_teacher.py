@@ -3,9 +3,10 @@
 import hashlib
 import json
 import platform
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -65,6 +66,7 @@ def prepare_teacher(
     batch_size: int = 10,
     learning_rate: float = 1.7e-3,
     seed: int = 0,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     cache_dir: str = "~/.cache/akl_lightning",
 ) -> Path:
     """Train tokenizer and teacher on the training split, or find them in the cache.
@@ -78,6 +80,7 @@ def prepare_teacher(
         batch_size: of its training, on one device.
         learning_rate: of AdamW, with a cosine schedule.
         seed: of its weights and its training.
+        precision: of its training, as the Trainer has it.
         cache_dir: where tokenizer and teacher are kept.
 
     Returns:
@@ -97,7 +100,7 @@ def prepare_teacher(
         "data": {
             name: data[name] for name in ("template", "max_length", "max_prompt_length", "group_by_length", "seed")
         },
-        "teacher": [model, vocab_size, max_epochs, batch_size, learning_rate, seed],
+        "teacher": [model, vocab_size, max_epochs, batch_size, learning_rate, seed, precision],
     }
     key = _digest(json.dumps(depends_on, sort_keys=True))[:16]
     folder = Path(cache_dir).expanduser() / f"teacher-{key}"
@@ -114,10 +117,12 @@ def prepare_teacher(
             console.print("[bold]Teacher: training, once; later runs find it in the cache")
             seed_everything(seed, verbose=False)
             end = tokenizer.eos_token_id
+            # Lightning clips no gradients of a fused optimizer in mixed precision.
+            adam = partial(torch.optim.AdamW, lr=learning_rate, weight_decay=0.1, fused=precision == "32-true")
             module = DistillationModule(
                 model | {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end},
                 criterion=DistillationCriterion(alpha=0.0),
-                optimizer=lambda parameters: torch.optim.AdamW(parameters, learning_rate, weight_decay=0.1, fused=True),
+                optimizer=adam,
                 lr_scheduler="cosine",
                 warmup_steps=200,
             )
@@ -126,6 +131,7 @@ def prepare_teacher(
                 max_epochs=max_epochs,
                 callbacks=[DistillationProgressBar()],
                 devices=1,
+                precision=precision,
                 gradient_clip_val=1.0,
                 logger=False,
                 enable_checkpointing=False,

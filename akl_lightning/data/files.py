@@ -70,6 +70,21 @@ def ending(path: Path) -> str | None:
 # JSON
 
 
+def holds_records(file: Path) -> bool:
+    """Whether a file that lies in a folder is one of records."""
+    beside = ("dataset_info.json", "state.json", "dataset_dict.json")  # as save_to_disk writes them
+    return file.is_file() and not file.name.startswith(".") and file.name not in beside and bool(ending(file))
+
+
+def split_of(file: Path) -> str:
+    """The split that the name of a file, or of a folder that it lies in, says."""
+    words = "".join(letter if letter.isalpha() else " " for letter in str(file).lower()).split()
+    for split, names in {"validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"}}.items():
+        if names & set(words):
+            return split
+    return "train"
+
+
 def read_json(path: Path, columns: set[str] | None = None) -> Iterator[Found]:
     """Objects on lines of their own, or in one array where the file's name ends with ``.json``."""
     line = 1

@@ -130,10 +130,10 @@ class InstructionData:
         self._said: set[str] = set()
 
     def encode(self) -> None:
-        """Load and split, once, and tokenize."""
+        """Load and split, where that is not done yet, and tokenize."""
         from akl_lightning.data.encode import learnt_first, tokenize
 
-        if not self.records:
+        if not self.splits:
             self.chat.introduce()
             self.records = split_records(self.source.load(), self.validation_size, self.test_size)
         lengths = Lengths(self.max_length, self.max_prompt_length, self.truncate)

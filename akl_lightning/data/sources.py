@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from akl_lightning.data.docstrings import Docstrings
-from akl_lightning.data.files import READERS, ending, read_file, without_nulls
+from akl_lightning.data.files import READERS, holds_records, read_file, split_of, without_nulls
 from akl_lightning.data.forms import Forms
 from akl_lightning.data.records import Row, Source
 from akl_lightning.data.splits import keys
@@ -119,10 +119,10 @@ class Files(Source):
         if path.is_file():
             return [(path, "train")]
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if _holds_records(file))
+            inside = sorted(file for file in path.rglob("*") if holds_records(file))
             if not inside:
                 raise UsageError(f"the folder {path} holds no file that ends with {', '.join(READERS)}.")
-            return [(file, _split_of(file.relative_to(path))) for file in inside]
+            return [(file, split_of(file.relative_to(path))) for file in inside]
         matching = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not matching:
             raise UsageError(f"there is no file {path}: give data.source.path the path of a file, folder or pattern.")
@@ -150,20 +150,6 @@ class JsonLines(Files):
 def _mixed(of_records: np.ndarray) -> np.ndarray:
     """Other numbers of the records than those by which they are split, so that a choice is no choice of a split."""
     return of_records * np.uint64(0x9E3779B97F4A7C15)
-
-
-def _holds_records(file: Path) -> bool:
-    beside = ("dataset_info.json", "state.json", "dataset_dict.json")  # as save_to_disk writes them
-    return file.is_file() and not file.name.startswith(".") and file.name not in beside and bool(ending(file))
-
-
-def _split_of(file: Path) -> str:
-    """The split that the name of a file, or of a folder that it lies in, says."""
-    words = "".join(letter if letter.isalpha() else " " for letter in str(file).lower()).split()
-    for split, names in {"validation": {"validation", "valid", "val", "dev"}, "test": {"test", "testing"}}.items():
-        if names & set(words):
-            return split
-    return "train"
 
 
 def _digest_of(path: Path) -> str:

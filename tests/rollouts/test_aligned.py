@@ -180,7 +180,7 @@ def test_a_permuted_copy_of_the_tokenizer_gives_the_run_of_equal_vocabularies(co
     permuted.lm_head.weight = permuted.transformer.wte.weight
     runs = []
     for of, tokenizer in ((teacher, None), (permuted, other)):
-        data = data_of(corpus, tokenizer, **({} if tokenizer is None else {"teacher_template": "plain"}))
+        data = data_of(corpus, tokenizer, teacher_template=tokenizer and "plain")
         on_policy = OnPolicy(0.6, SHORT, engine=Words(*ANSWERS[:3]))
         criterion = DistillationCriterion(alpha=0.25)
         runs.append(fit(on_policy, data, teacher=of, criterion=criterion, limit_val_batches=1.0))
