@@ -69,6 +69,20 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation)
 
 
+def take_batching_manager(model: PreTrainedModel) -> Any:
+    """What continuous batching has kept on a model, taken off it, or None.
+
+    It holds locks, and a model with it cannot be copied; what is public ends it, or leaves it there.
+    """
+    return model.__dict__.pop("_cached_continuous_batching_manager", None)
+
+
+def put_batching_manager(model: PreTrainedModel, manager: Any) -> None:
+    """Put it back, for the next session to go on with."""
+    if manager is not None:
+        model._cached_continuous_batching_manager = manager
+
+
 def compiled_chat_template(text: str) -> jinja2.Template:
     """A chat template as ``apply_chat_template`` compiles it, which copies every message before it renders one."""
     from transformers.utils.chat_template_utils import _compile_jinja_template

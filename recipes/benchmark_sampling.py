@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, Qwen2Config
 
+from akl_lightning.batch import KEYS, response_of
 from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.models.split import SplitModel
@@ -135,10 +136,10 @@ def training_steps(model: PreTrainedModel, asked: list[list[int]], new_tokens: i
     empty = torch.zeros(16, width, dtype=torch.int64)
     batch = {"input_ids": empty, "attention_mask": torch.ones_like(empty), "labels": torch.full_like(empty, -100)}
     batch = answered(batch, rows, 0, -100)
-    positions, labels = criterion.response_positions(batch["labels"])
-    new = rollout_tokens(rows, type("Found", (), {"positions": positions})(), batch["labels"], 0.5)  # type: ignore[arg-type]
-    at = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-    positions, labels, alpha = (tensor.to(model.device) for tensor in (positions, labels, new.alpha))
+    response = response_of(batch, criterion)
+    new = rollout_tokens(batch, response, criterion.alpha)
+    at = {name: batch[name].to(model.device) for name in KEYS}
+    positions, labels, alpha = (tensor.to(model.device) for tensor in (*response, new.alpha))
 
     def step(alpha: torch.Tensor | None) -> None:
         with torch.no_grad():

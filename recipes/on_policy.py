@@ -2,7 +2,7 @@
 
     python recipes/on_policy.py                                       # the embedded default, on_policy.yaml
     python recipes/on_policy.py --model.on_policy.share 1 --model.on_policy.divergence ReverseKL
-    python recipes/on_policy.py --data.source JsonLines --data.source.path prompts.jsonl   # prompts alone will do
+    python recipes/on_policy.py --data.source JsonLines --data.source.path pairs.jsonl
     python recipes/on_policy.py --config recipes/on_policy_gpu.yaml   # a student of 0.5B on one GPU
     python recipes/on_policy.py --ckpt_path last                      # go on with the run before
 
@@ -10,6 +10,9 @@ Nothing is downloaded: corpus, tokenizer and teacher are those of gpt2_distill.p
 student says nothing worth correcting, so it first learns off-policy (--warm_epochs); then, in every step, a share of
 the prompts is answered by the student, and the teacher's whole distribution is the target at each of its tokens. The
 report is that of gpt2_distill.py, with the share of the time that sampling took. --help lists every option.
+
+Prompts alone will do where nothing has to be learnt from responses first: with --warm_epochs 0, a --model.student that
+has learnt something, and a --model.teacher with its --data.tokenizer.
 """
 
 from pathlib import Path

@@ -27,7 +27,14 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import akl_lightning
 from akl_lightning import compat
@@ -103,6 +110,18 @@ def test_recurrent_models() -> None:
         config = MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=20, state_size=4)
         assert compat.is_recurrent(MambaForCausalLM(config))
         assert not compat.is_recurrent(gpt2()) and not compat.is_recurrent(None)
+
+
+def test_what_continuous_batching_keeps() -> None:
+    with relies_on("transformers keeps the manager of continuous batching as an attribute of the model"):
+        model = LlamaForCausalLM(TINY)
+        settings = GenerationConfig(eos_token_id=0), ContinuousBatchingConfig(num_blocks=2, max_requests_per_batch=1)
+        manager = model.init_continuous_batching(*settings)
+        assert compat.take_batching_manager(model) is None
+        compat.put_batching_manager(model, manager)
+        assert model.init_continuous_batching(*settings) is manager
+        assert compat.take_batching_manager(model) is manager
+        assert model.init_continuous_batching(*settings) is not manager
 
 
 def test_compiled_chat_templates() -> None:

@@ -14,6 +14,7 @@ from akl_lightning.callbacks.surprise import draw_surprise, surprises
 from akl_lightning.data.collate import NO_TURN
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
@@ -29,7 +30,7 @@ class Task(NamedTuple):
     prompt: Tensor
     reference: Tensor
     of_teacher: list[int] | None = None
-    """The prompt as a teacher with another tokenizer reads it."""
+    """The prompt as a teacher with another tokenizer reads it; None where it does not write the turn."""
 
 
 class SampledAnswers(SampleCallback):
@@ -39,8 +40,8 @@ class SampledAnswers(SampleCallback):
     The prompts are the same every time and the answers greedy, of ``model.max_new_tokens`` tokens at most: what changes
     is the student. They go to the loggers as ``answers``: prompt, reference and answer.
 
-    On-policy, they are rollouts, the same draws every time, and ``rollout_surprise`` draws along them, token by token,
-    minus the log of the probability that the teacher gives.
+    On-policy, they are rollouts, the same draws every time, of prompts alone, too, which have no reference; and
+    ``rollout_surprise`` draws along them, token by token, minus the log of the probability that the teacher gives.
 
     Args:
         answers: how many.
@@ -67,8 +68,9 @@ class SampledAnswers(SampleCallback):
                 data.check_answers_fit("validation", "model.max_new_tokens", pl_module.max_new_tokens, positions)
 
     def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:
-        """Keep the prompts."""
-        for row in response_rows(module, batch)[:wanted]:
+        """Keep the prompts; on-policy those that have a response first, then prompts alone."""
+        rows = response_rows(module, batch)
+        for row in rows[:wanted]:
             of_teacher = None
             if "turn" in batch:
                 turns = batch["turn"][row.number, row.positions + 1]
@@ -77,6 +79,14 @@ class SampledAnswers(SampleCallback):
                 if "teacher_turn" in batch:
                     of_teacher = teacher_prompt(batch, row.number, int(turns.max()))
             self.found.append(Task(read_until(batch, row), row.labels, of_teacher))
+        if not module.rollouts.on:
+            return
+        samples, answered = batch["index"].tolist() if "index" in batch else [], {row.number for row in rows}
+        alone = [n for n in range(len(batch["labels"])) if n not in answered and FILLER not in samples[n : n + 1]]
+        for number in alone[: max(0, wanted - len(rows))]:
+            prompt = batch["input_ids"][number][batch["attention_mask"][number].bool()]
+            of_teacher = teacher_prompt(batch, number, NO_TURN) if "teacher_turn" in batch else None
+            self.found.append(Task(prompt, prompt[:0], of_teacher))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
@@ -109,6 +119,8 @@ class SampledAnswers(SampleCallback):
         learnt = (places >= first) & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~learnt, module.criterion.ignore_index)
         if isinstance(module.teacher, AlignedTeacher):
+            unread = torch.tensor([[task.of_teacher is None] for task in tasks], device=module.device)
+            batch["turn"] = torch.where(learnt & unread, NO_TURN + 1, NO_TURN)  # one that the teacher does not write
             of_teacher = [torch.tensor(task.of_teacher or [0], device=module.device) for task in tasks]
             own = {f"teacher_{name}": value for name, value in _padded(of_teacher, 0.0, "right").items()}
             own["teacher_labels"] = torch.full_like(own["teacher_input_ids"], module.criterion.ignore_index)

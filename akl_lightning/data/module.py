@@ -43,7 +43,8 @@ class InstructionDataModule(InstructionData, LightningDataModule):
         if stage == "fit" and not self._answered and len(train) and not self._learnable("train"):
             raise UsageError(
                 f"{type(self.source).__name__} gives train prompts alone, nothing is to be learnt of them: give "
-                "samples with a response or a text, or let the student answer the prompts (model.on_policy)."
+                "samples with a response or a text, or let the student answer the prompts from the first step on "
+                "(model.on_policy), with a teacher that is there."
             )
         if self.trainer is None or stage not in ("fit", "test", "predict"):
             return

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from akl_lightning.checkpoint import random_states, set_random_states
-from akl_lightning.compat import attention_of
+from akl_lightning.compat import attention_of, put_batching_manager, take_batching_manager
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.models.generation import plain_decoding
@@ -45,6 +45,8 @@ class ContinuousBatching(Engine):
         self._weights: Weights | None = None
         self._ready: tuple[GenerationConfig, ContinuousBatchingConfig] | None = None
         """What is kept was made for these."""
+        self._manager: Any = None
+        """What is kept."""
         self._nan: Tensor | None = None
         """Whether logits held NaN, on the device; captured graphs write to it."""
 
@@ -60,10 +62,9 @@ class ContinuousBatching(Engine):
 
     def release(self) -> None:
         """Free keys, values and graphs."""
-        if self._weights is not None:
-            model: Any = self._weights.model.causal_lm
-            model.destroy_cached_continuous_batching_manager()
-        self._weights = self._ready = self._nan = None
+        if self._manager is not None:
+            self._manager.destroy()
+        self._weights = self._ready = self._manager = self._nan = None
 
     @torch.inference_mode(False)  # or what a validation has made could not be used in training
     @torch.no_grad()
@@ -88,7 +89,7 @@ class ContinuousBatching(Engine):
             self._nan = torch.zeros((), dtype=torch.bool, device=model.device)
         states, attention = random_states(), attention_of(model)
         try:
-            with weights.model.eagerly(), plain_decoding(model), self._noting_nan(model):
+            with weights.model.eagerly(), plain_decoding(model), self._noting_nan(model), self._kept_on(model):
                 outputs = _answers(model, ready, prompts, seed_of(*seeds))
             if self._nan:
                 raise UsageError("the model gives NaN, nothing can be drawn from it: look at its weights and precision")
@@ -100,6 +101,15 @@ class ContinuousBatching(Engine):
             if attention_of(model) != attention:
                 model.set_attn_implementation(attention)
         return outputs
+
+    @contextmanager
+    def _kept_on(self, model: Any) -> Iterator[None]:
+        """Have on the model what is kept, and no longer: a student that is trained may be copied meanwhile."""
+        put_batching_manager(model, self._manager)
+        try:
+            yield
+        finally:
+            self._manager = take_batching_manager(model)
 
     @contextmanager
     def _noting_nan(self, model: Any) -> Iterator[None]:

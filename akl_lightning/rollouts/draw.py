@@ -141,7 +141,8 @@ class Rollouts(OffPolicy):
             sides, longest = sides_of(batch, found, teacher.pairing), teacher.pairing.longest
             if watch and sides:
                 counts = [(len(side.aligned) - side.aligned.count(NONE), len(side.aligned)) for side in sides.values()]
-                beyond = sum(len(side.input_ids) == longest or not side.spans for side in sides.values())
+                full = [len(side.input_ids) == longest or not side.spans for side in sides.values()]
+                beyond = 0 if longest is None else sum(full)  # else its template does not write such a turn
                 self.watch.add_aligned(counts, beyond, longest)
         return answered(batch, found, self.sampler.pad, ignore_index, sides)
 

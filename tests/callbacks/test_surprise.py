@@ -1,5 +1,6 @@
 """What the teacher is surprised at in the student's own answers."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from akl_lightning.callbacks import SampledAnswers, answers
 from akl_lightning.callbacks.strips import Strip
 from akl_lightning.callbacks.surprise import draw_surprise
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts import OnPolicy, Sampling
 from tests.conftest import QUIET, gpt2
@@ -50,6 +52,27 @@ def test_rollouts_are_shown_with_the_teachers_surprise(
     assert len(files) == 2 and list(tmp_path.rglob("rollout_surprise"))
     lines = next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()
     assert len(lines) == 4
+
+
+def test_prompts_alone_are_shown_and_no_filler(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(9)))
+    data = InstructionDataModule(
+        tokenizer, JsonLines(str(tmp_path / "prompts.jsonl")), batch_size=4, max_length=40, validation_size=3
+    )
+    module = DistillationModule(gpt2(16), gpt2(24), on_policy=OnPolicy(0.5, Sampling(6)))
+    settings = {**QUIET, "logger": CSVLogger(tmp_path)}
+    callback = SampledAnswers(8)
+    trainer = Trainer(**settings, max_epochs=1, limit_train_batches=1, callbacks=[callback])
+    trainer.fit(module, data)
+    rows = [json.loads(line) for line in next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()]
+    prompts = data.splits["validation"]["prompt"]
+    assert [row["prompt"] for row in rows] == [prompt.strip() for prompt in prompts] and len(rows) == 3
+    assert {row["reference"] for row in rows} == {""} and any(row["answer"] for row in rows)
+    assert list(tmp_path.rglob("rollout_surprise"))
+    batch = next(iter(data.val_dataloader()))
+    callback.found.clear()
+    callback.look_at(trainer, module, None, {**batch, "index": torch.tensor([0, -1, 2])}, 8)
+    assert len(callback.found) == 2  # the second is there for the sake of other ranks
 
 
 def test_a_strip_for_each_answer() -> None:

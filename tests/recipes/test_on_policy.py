@@ -45,3 +45,27 @@ def test_a_warm_start_then_on_policy(tmp_path: Path, tokenizer: PreTrainedTokeni
     )
     done = subprocess.run([*command, "--model.on_policy.share", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "give model.on_policy.share above 0" in done.stderr
+
+
+def test_prompts_alone_without_a_warm_start(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for name, width in (("teacher", 24), ("student", 16)):
+        gpt2(width, len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(12)))
+    command = [python(), str(RECIPE), "--model.teacher", "teacher", "--data.tokenizer", "teacher"]
+    command += ["--model.student", "student", "--data.source", "JsonLines", "--data.source.path", "prompts.jsonl"]
+    command += [
+        "--data.max_length",
+        "40",
+        "--model.max_new_tokens",
+        "6",
+        "--model.on_policy.decoding.max_new_tokens",
+        "6",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "answer the prompts from the first step on (model.on_policy)" in done.stderr
+    done = subprocess.run([*command, "--warm_epochs", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        "ModelCheckpoint watches val/divergence, which has no value" in done.stderr and "student after" in done.stdout
+    )

@@ -301,6 +301,22 @@ def test_rollouts_are_shown_with_the_surprise_of_their_classes(
         assert strip.values == pytest.approx(expected, rel=1e-3) and strip.words[0] == "the"
 
 
+def test_no_surprise_is_drawn_where_the_teacher_does_not_read_the_prompt(tmp_path: Path) -> None:
+    said = ["one", "say some other word", "the"]
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for number in range(12):
+            turns = zip(("user", "assistant") * 2, (f"{number}", *said), strict=True)
+            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    data = data_of(str(tmp_path / "chats.jsonl"), max_length=54)
+    teacher = gpt2(24, len(TEACHER), positions=16)  # up to its second turn
+    settings = {**QUIET, "logger": CSVLogger(tmp_path), "limit_train_batches": 1}
+    trainer = Trainer(**settings, max_epochs=1, callbacks=[SampledAnswers(2)])
+    trainer.fit(module_of(OnPolicy(0.5, SHORT, engine=Words(ANSWERS[0])), teacher), data)
+    rows = [json.loads(line) for line in next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["the one yes"] * 2 and "say some other word" in rows[0]["prompt"]
+    assert not list(tmp_path.rglob("rollout_surprise"))
+
+
 @pytest.mark.parametrize("step", [2, 3])
 def test_killed_within_a_refresh_a_run_goes_on_with_the_same_rollouts(corpus: str, tmp_path: Path, step: int) -> None:
     settings, data = OnPolicy(0.5, SHORT, refresh_every=3), data_of(corpus)

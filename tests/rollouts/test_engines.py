@@ -97,13 +97,13 @@ def test_continuous_batching_keeps_what_it_has_made_and_follows_the_weights(
             for parameter in weights.model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     assert made[0] is made[1] is made[2]
+    copy.deepcopy(weights.model)  # nothing hangs on it
     # The draws are those of an engine that has kept nothing.
     assert sampled(engine, weights, prompts) == sampled(ContinuousBatching(0.01), weights, prompts)
     sampled(engine, weights, prompts, **greedy)
     assert sampled(engine, weights, prompts[::-1] * 2) == sampled(ContinuousBatching(0.01), weights, prompts[::-1] * 2)
     engine.release()
     engine.release()
-    copy.deepcopy(weights.model)  # nothing hangs on it
 
 
 def test_too_little_memory_is_said(weights: Weights) -> None:
