@@ -38,6 +38,9 @@ def run_command(main: Callable[[], object]) -> None:
             handler.emit = partial(_say, handler)  # type: ignore[method-assign]
     # What libraries still call is nothing that a user could change: lightning 2.6's pytree, torchdata 0.11's set_vital.
     warnings.filterwarnings("ignore", message=".*(LeafSpec|set_vital).* is deprecated")
+    # In transformers' generate, which has a mask, an answer that has ended is taken for padding without one.
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(lambda record: "passing in an `attention_mask`" not in str(record.msg))
     # A TTY that went away (a closed pager, head) is no mistake.
     with suppress(BrokenPipeError):
         try:

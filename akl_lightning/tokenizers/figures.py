@@ -10,7 +10,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.chat import Chat
-from akl_lightning.data.docstrings import Docstrings
+from akl_lightning.data.files import ending
+from akl_lightning.data.messages import content_text
+from akl_lightning.data.records import Source
+from akl_lightning.data.sources import Docstrings, Files
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_tokenizer
 from akl_lightning.tokenizers.alignment import NONE, Side, align
@@ -83,13 +86,17 @@ def compare_tokenizers(teacher: str, student: str, text: Path | None = None, tru
     Args:
         teacher: hub name or folder of a model or tokenizer.
         student: likewise.
-        text: a file, each paragraph of which is a response; the documentation of Python by default.
+        text: a file of records as ``data.source.path`` takes it, whose responses and documents are split, or of plain
+            text, each paragraph of which is; the documentation of Python by default.
         trust_remote_code: run Python code that comes with a tokenizer.
 
     Raises:
         UsageError: a tokenizer or text that cannot be read, or does not tell the bytes of its tokens.
     """
-    texts = list(_paragraphs(text)) if text is not None else _documentation()
+    if text is None or ending(text):
+        texts = _responses(Docstrings() if text is None else Files(str(text)))
+    else:
+        texts = list(_paragraphs(text))
     mine, yours = (
         vocabulary_of(load_tokenizer(name, trust_remote_code), role)
         for name, role in ((student, "student"), (teacher, "teacher"))
@@ -164,7 +171,13 @@ def _said(side: Vocabulary, token: int) -> str:
     return f"[{token}]" if of is None else repr(of)[2:-1].replace(" ", "␣")
 
 
-def _documentation() -> list[str]:
-    records = Docstrings().load()["train"]
+def _responses(source: Source) -> list[str]:
+    """Documents and last responses, of records spread over those that a source trains on."""
+    records = source.load()["train"]
     rows = records.select(range(0, len(records), max(1, len(records) // _TEXTS)))
-    return [str(json.loads(messages)[-1]["content"]) for messages in rows["messages"]]
+    last = [json.loads(messages or "[{}]")[-1] for messages in rows["messages"]]
+    responses = [content_text(message) if message.get("role") == "assistant" else "" for message in last]
+    texts = [document or response for document, response in zip(rows["text"], responses, strict=True)]
+    if not any(texts):
+        raise UsageError(f"{source.description} has no response and no document to split: give a text.")
+    return [text for text in texts if text]

@@ -45,6 +45,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         (tmp_path / "text.txt").write_bytes(content)
         with pytest.raises(UsageError, match=message):
             compare_tokenizers(*arguments[2:], text=tmp_path / "text.txt")
+    records = tmp_path / "records.jsonl"
+    records.write_text(
+        '{"instruction": "that", "output": "the a"}\n{"text": "a the a"}\n{"prompt": "and"}\n', encoding="utf-8"
+    )
+    compare_tokenizers(*arguments[2:], text=records)
+    assert "2 texts of 12 bytes" in capsys.readouterr().out
+    records.write_text('{"prompt": "and"}\n')
+    with pytest.raises(UsageError, match=r"records\.jsonl has no response and no document"):
+        compare_tokenizers(*arguments[2:], text=records)
 
 
 @pytest.mark.parametrize("name", [one for one in REAL if one.values[0] != "gpt2"])
