@@ -146,7 +146,8 @@ def test_any_classes(count: int, outputs: int, others: int, name: str, alpha: fl
     ours, gradient = run(criterion(name, alpha, t), student, Merged(teacher, Classes(*maps, count)), labels)
     expected, right = by_hand(student, teacher, labels, *maps, name, weights, t, count=count)
     same(ours, expected, 1e-8)
-    assert (gradient - right).norm() <= 1e-8 * right.norm() + 1e-12
+    # Each of up to eleven classes without outputs has exp(-30) of the mass, in each of three rows.
+    assert (gradient - right).norm() <= 1e-8 * right.norm() + 2e-12
 
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "module", "capped", "frozen head"])

@@ -456,6 +456,7 @@ def test_what_it_takes() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     """The tests above on a CPU, in a process of their own: Triton decides when it is imported."""
     run = subprocess.run(
