@@ -1,6 +1,5 @@
 """Shard a model over devices, from outside and block by block, and the ``fsdp2`` strategy that asks for it."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,35 +148,6 @@ def ending_together(trainer: Trainer) -> Iterator[None]:
         raise mine or UsageError(errors[0])
     if errors:
         sys.exit(0)  # a launcher that sees another one fail kills rank 0 before it has said why
-
-
-_stores: list[Any] = []
-"""Kept, because what rank 0 has in its own is gone with it."""
-
-
-def said_by_rank_0(what: Callable[[], str]) -> str:
-    """What rank 0 says, on all ranks that a launcher (torchrun) has started, before they are a process group.
-
-    Args:
-        what: called on rank 0 alone.
-    """
-    environment = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    if not environment <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
-        return what()
-    store, rank, _ = next(torch.distributed.rendezvous("env://"))
-    store = torch.distributed.PrefixStore("akl_lightning", store)
-    _stores.append(store)
-    if rank == 0:
-        said = ""
-        try:
-            said = what()
-        finally:
-            store.set("said", said)
-        return said
-    said = store.get("said").decode()
-    if not said:
-        sys.exit(0)  # rank 0 says why
-    return said
 
 
 def data_parallel_mesh(strategy: Strategy | None) -> DeviceMesh | None:

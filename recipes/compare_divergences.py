@@ -37,7 +37,6 @@ from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.checkpoint import atomic_file
 from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.cli import run_command
-from akl_lightning.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.sources import JsonLines
 from akl_lightning.data.splits import split_records
@@ -45,9 +44,10 @@ from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import read_answers
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerWriter
-from akl_lightning.evaluation.report import evaluate
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
+from common.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
+from common.report import evaluate
 
 RECIPES = Path(__file__).parent
 BASELINES = ("akl", "akl_within", "fkl", "rkl", "fkl_rkl", "jensen_shannon", "skew_fkl", "skew_rkl", "sft", "seqkd")

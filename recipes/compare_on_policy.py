@@ -40,17 +40,17 @@ from akl_lightning.callbacks import LastCheckpoint
 from akl_lightning.checkpoint import atomic_file, atomic_folder
 from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.cli import run_command
-from akl_lightning.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.divergences import AdaptiveKL, Divergence, ForwardKL, JensenShannon, ReverseKL
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding
-from akl_lightning.evaluation.report import evaluate
 from akl_lightning.metrics import TokenMean
 from akl_lightning.module import DistillationModule
 from akl_lightning.projection import Logits, project_and_compare
 from akl_lightning.rollouts import GenerateEngine, OnPolicy, Sampling
 from akl_lightning.rollouts.draw import Rollouts
+from common.comparison import QUIET, Case, Progress, difference, markdown, remember, share_out, spread
+from common.report import evaluate
 
 RECIPES = Path(__file__).parent
 DIVERGENCES: dict[str, tuple[str, type[Divergence]]] = {

@@ -16,8 +16,8 @@ import akl_lightning.interrupts  # noqa: F401 (first, so that a Ctrl-C during th
 from pathlib import Path
 
 from akl_lightning.cli import run_command
-from akl_lightning.own_teacher import OwnTeacherCLI
-from akl_lightning.runs import distill
+from common.own_teacher import OwnTeacherCLI
+from common.runs import distill
 
 
 def main(args: list[str] | None = None) -> None:

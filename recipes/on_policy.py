@@ -24,9 +24,9 @@ from rich.console import Console
 from akl_lightning.callbacks import DistillationProgressBar
 from akl_lightning.cli import run_command
 from akl_lightning.errors import UsageError
-from akl_lightning.own_teacher import OwnTeacherCLI
 from akl_lightning.rollouts.off import OffPolicy
-from akl_lightning.runs import distill
+from common.own_teacher import OwnTeacherCLI
+from common.runs import distill
 
 console = Console()
 

@@ -36,7 +36,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from akl_lightning.checkpoint import atomic_file
 from akl_lightning.cli import run_command
-from akl_lightning.comparison import markdown, remember, share_out
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.module import InstructionDataModule
@@ -53,6 +52,7 @@ from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.tokenizers.alignment import NONE, Side
 from akl_lightning.tokenizers.bytes import TokenBytes
 from akl_lightning.tokenizers.classes import Partition, Vocabulary, partition
+from common.comparison import markdown, remember, share_out
 
 END_OF_TEXT = "<|endoftext|>"
 # SmolLM2's own template without its system prompt, which is as long as most samples.

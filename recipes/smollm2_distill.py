@@ -15,7 +15,7 @@ every option.
 from pathlib import Path
 
 from akl_lightning.cli import run_command
-from akl_lightning.runs import RunCLI, distill
+from common.runs import RunCLI, distill
 
 
 def main(args: list[str] | None = None) -> None:

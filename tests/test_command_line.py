@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from akl_lightning import callbacks
 from akl_lightning.cli import main
 from akl_lightning.errors import UsageError
-from akl_lightning.runs import RunCLI
+from common.runs import RunCLI
 from tests.conftest import gpt2
 
 NAMES = [name for name in callbacks.__all__ if name[0].isupper()]

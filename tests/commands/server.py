@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 IMPORTS = (
-    "akl_lightning.runs",
+    "akl_lightning.cli",
     "akl_lightning.evaluation.judge",
     "matplotlib.backends.backend_agg",
     "tensorboard.compat.tensorflow_stub",

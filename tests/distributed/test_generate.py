@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from akl_lightning.evaluation.answers import read_answers
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerWriter
-from akl_lightning.evaluation.report import evaluate
+from common.report import evaluate
 from tests.conftest import QUIET
 from tests.distributed.training import data_of, launch, module_of, prepare
 

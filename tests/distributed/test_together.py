@@ -17,9 +17,9 @@ from akl_lightning.errors import UsageError
 from akl_lightning.evaluation import answers
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerWriter
-from akl_lightning.runs import claim_run
 from akl_lightning.teachers.cache import format as cache_folder
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
+from common.runs import claim_run
 from tests.conftest import QUIET
 from tests.distributed.training import data_of, launch, prepare
 

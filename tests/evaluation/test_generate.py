@@ -20,9 +20,9 @@ from akl_lightning.evaluation.answers import read_answers
 from akl_lightning.evaluation.decoding import Decoding, SeededDraw, seed_of
 from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.generate import AnswerEvaluation, AnswerWriter
-from akl_lightning.evaluation.report import evaluate
 from akl_lightning.evaluation.rouge import rouge_l
 from akl_lightning.module import DistillationModule
+from common.report import evaluate
 from tests.commands.start import python
 from tests.conftest import QUIET, gpt2
 

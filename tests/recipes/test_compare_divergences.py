@@ -13,9 +13,9 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from akl_lightning.comparison import difference, spread
 from akl_lightning.data.records import content_digest
 from akl_lightning.data.sources import Files
+from common.comparison import difference, spread
 from recipes.compare_divergences import BASELINES, draw, line_of, write_lines
 from tests.commands.start import python
 from tests.conftest import PAIRS, gpt2

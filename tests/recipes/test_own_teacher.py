@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from akl_lightning.own_teacher import prepare_teacher
+from common.own_teacher import prepare_teacher
 from tests.conftest import PAIRS
 
 MODEL = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}

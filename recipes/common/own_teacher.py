@@ -28,7 +28,7 @@ from akl_lightning.data.splits import split_records
 from akl_lightning.models.load import load_causal_lm
 from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
-from akl_lightning.runs import RunCLI
+from common.runs import RunCLI
 
 console = Console()
 END_OF_TEXT = "<|endoftext|>"
@@ -91,7 +91,7 @@ def prepare_teacher(
     source = instantiate_class((), {"init_args": {}, **data.source.as_dict()})
     records = split_records(source.load(), data.validation_size, data.test_size)
     console.print("  " + ", ".join(f"{split}: {len(members):,}" for split, members in records.items()) + " records")
-    code = sorted(Path(akl_lightning.__file__).parent.rglob("*.py"))
+    code = [Path(__file__), *sorted(Path(akl_lightning.__file__).parent.rglob("*.py"))]
     depends_on = {
         "records": content_digest(records["train"], records["validation"]),
         "code": _digest(*(path.read_text() for path in code)),

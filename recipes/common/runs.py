@@ -4,10 +4,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
@@ -29,12 +31,11 @@ from akl_lightning.cli import DistillationCLI
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
-from akl_lightning.evaluation.report import comparison_table, evaluate
 from akl_lightning.module import DistillationModule
-from akl_lightning.parallel import said_by_rank_0
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.live import LiveTeacher
+from common.report import comparison_table, evaluate
 
 
 class RunCLI(DistillationCLI):
@@ -148,6 +149,35 @@ def claim_run(output_dir: Path) -> Path:
     run = launched or said_by_rank_0(lambda: str(claim_folder(output_dir)))
     os.environ["AKL_RUN_FOLDER"] = run
     return Path(run)
+
+
+_stores: list[Any] = []
+"""Kept, because what rank 0 has in its own is gone with it."""
+
+
+def said_by_rank_0(what: Callable[[], str]) -> str:
+    """What rank 0 says, on all ranks that a launcher (torchrun) has started, before they are a process group.
+
+    Args:
+        what: called on rank 0 alone.
+    """
+    environment = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not environment <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        return what()
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore("akl_lightning", store)
+    _stores.append(store)
+    if rank == 0:
+        said = ""
+        try:
+            said = what()
+        finally:
+            store.set("said", said)
+        return said
+    said = store.get("said").decode()
+    if not said:
+        sys.exit(0)  # rank 0 says why
+    return said
 
 
 def find_run(output_dir: Path, ckpt_path: str) -> tuple[Path, str]:
