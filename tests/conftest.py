@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Whatever a test does, it must not reach for the hub; its library reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.data.sources import JsonLines
+from akl_lightning.evaluation.answers import Record
+from akl_lightning.evaluation.decoding import Decoding
+from akl_lightning.evaluation.generate import AnswerEvaluation
+from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
 PAIRS = [
@@ -99,6 +104,15 @@ QUIET = {
 def write(teacher: nn.Module, path: Path, data: object, **settings: object) -> str:
     """Cache a teacher; what DistillationModule takes in its place."""
     return f"cache:{write_cache(CacheWriter(teacher, str(path), **settings), data, Trainer(**QUIET))}"
+
+
+def answered_in_test(
+    module: DistillationModule, data: InstructionDataModule, path: Path, decoding: Decoding, **trainer: Any
+) -> tuple[dict[str, float], list[list[Record]]]:
+    """What a test logs that lets the student answer, and the answers."""
+    evaluation = AnswerEvaluation(path, decoding)
+    (figures,) = Trainer(**QUIET, **trainer, callbacks=[evaluation]).test(module, data, verbose=False)
+    return dict(figures), evaluation.answers
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from akl_lightning.evaluation.answers import read_answers
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.evaluation.generate import AnswerWriter
-from common.report import evaluate
-from tests.conftest import QUIET
+from tests.conftest import QUIET, answered_in_test
 from tests.distributed.training import data_of, launch, module_of, prepare
 
 DECODING = Decoding(max_new_tokens=6, seeds=(10, 20))
@@ -20,9 +19,7 @@ DECODING = Decoding(max_new_tokens=6, seeds=(10, 20))
 def write(folder: Path, name: str, batch_size: int, **trainer: object) -> None:
     torch.manual_seed(0)
     data = data_of(folder, batch_size=batch_size)
-    figures, answers = evaluate(
-        Trainer(**QUIET, **trainer), module_of(folder), data, folder / f"{name}, test.jsonl", DECODING
-    )
+    figures, answers = answered_in_test(module_of(folder), data, folder / f"{name}, test.jsonl", DECODING, **trainer)
     assert len(answers) == 5, "on every rank"
     torch.save(figures, folder / f"{name}.pt")
     data.predict_split = "train"

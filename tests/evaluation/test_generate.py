@@ -22,9 +22,8 @@ from akl_lightning.evaluation.diversity import diversity
 from akl_lightning.evaluation.generate import AnswerEvaluation, AnswerWriter
 from akl_lightning.evaluation.rouge import rouge_l
 from akl_lightning.module import DistillationModule
-from common.report import evaluate
 from tests.commands.start import python
-from tests.conftest import QUIET, gpt2
+from tests.conftest import QUIET, answered_in_test, gpt2
 
 SAMPLED = Decoding(max_new_tokens=6, seeds=(10, 20))
 
@@ -71,15 +70,15 @@ def test_greedy_equals_transformers(data: InstructionDataModule, tmp_path: Path)
 
 def test_the_test_logs_what_the_answers_are_worth(data: InstructionDataModule, tmp_path: Path) -> None:
     module = DistillationModule(gpt2(), gpt2())
-    figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "{key}.jsonl", SAMPLED)
+    figures, answers = answered_in_test(module, data, tmp_path / "{key}.jsonl", SAMPLED)
     assert [len(group) for group in answers] == [2] * 4
     columns = list(zip(*answers, strict=True))
     scores = [rouge_l([r["answer"] for r in column], [r["references"] for r in column]) for column in columns]
-    assert figures["rouge_l"] == pytest.approx(sum(scores) / 2)
-    assert figures["rouge_l_sd"] == pytest.approx(torch.tensor(scores).std().item())
+    assert figures["test/rouge_l"] == pytest.approx(sum(scores) / 2)
+    assert figures["test/rouge_l_sd"] == pytest.approx(torch.tensor(scores).std().item())
     expected = diversity([[record["answer"] for record in group] for group in answers])
-    assert figures["distinct_1"] == pytest.approx(expected["distinct_1"])
-    assert figures["fkl"] > 0
+    assert figures["test/distinct_1"] == pytest.approx(expected["distinct_1"])
+    assert figures["test/fkl"] > 0
     assert len(list(tmp_path.glob("????????.jsonl*"))) == 1
 
 
@@ -167,9 +166,9 @@ def test_any_split_and_prompts_without_a_reference(tokenizer, tmp_path: Path) ->
     data = InstructionDataModule(tokenizer, JsonLines(test_path=str(tmp_path / "t.jsonl")), max_length=40)
     module = DistillationModule(gpt2(), gpt2())
     with pytest.warns(UserWarning, match="leaves out 1 of 3 samples without a reference"):
-        figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "a.jsonl", Decoding(max_new_tokens=4))
+        figures, answers = answered_in_test(module, data, tmp_path / "a.jsonl", Decoding(max_new_tokens=4))
     assert [group[0]["references"] for group in answers] == [[], ["one", "two"], ["one", "two"]]
-    assert figures["fkl"] > 0, "the sample without a response has no part in it"
+    assert figures["test/fkl"] > 0, "the sample without a response has no part in it"
     with pytest.raises(UsageError, match="JsonLines gives no train samples"):
         Trainer(**QUIET, max_epochs=1).fit(module, data)
 
@@ -194,8 +193,8 @@ def test_answers_to_conversations_are_data_again(tokenizer, tmp_path: Path) -> N
     assert answered[0] == [*messages[:4], {"role": "assistant", "content": first["answer"]}]
     assert answered[1][0] == {"role": "user", "content": "Say", "input": "one"}
     module = DistillationModule(gpt2(), gpt2(), max_new_tokens=4)
-    figures, answers = evaluate(Trainer(**QUIET), module, data, tmp_path / "b.jsonl", Decoding(max_new_tokens=4))
-    assert len(answers) == 2 and "rouge_l" in figures
+    figures, answers = answered_in_test(module, data, tmp_path / "b.jsonl", Decoding(max_new_tokens=4))
+    assert len(answers) == 2 and "test/rouge_l" in figures
 
 
 @pytest.mark.parametrize(
