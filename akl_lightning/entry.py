@@ -53,9 +53,10 @@ def main() -> None:
         raise SystemExit(2)
     # What imports make stays: to look for garbage in it takes a third of their time.
     gc.disable()
-    if first in ("judge", "show", "tokenizers"):
-        from akl_lightning.commands import main as run
-    else:
+    from akl_lightning.commands import COMMANDS as WITHOUT_LIGHTNING
+    from akl_lightning.commands import main as run
+
+    if first not in WITHOUT_LIGHTNING:
         from akl_lightning.compat import import_torchmetrics
 
         import_torchmetrics()

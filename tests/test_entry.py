@@ -1,11 +1,12 @@
 """``akl`` before anything heavy is imported."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
-from akl_lightning import cli, entry
+from akl_lightning import cli, commands, entry
 from akl_lightning.compat import options_of, subcommands_of
 
 
@@ -58,6 +59,19 @@ def test_the_help_names_what_the_parser_behind_it_has(
     assert akl(monkeypatch, "--help") == 0
     output = capsys.readouterr().out
     assert all(f"{name} " in output and what in output for name, what in entry.COMMANDS.items())
+
+
+def test_the_commands_that_need_no_lightning_are_those_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``akl`` refuses here whatever asks for the rest of the command line."""
+    run: list[list[str]] = []
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    for name in ("show", "generate"):
+        monkeypatch.setitem(commands.COMMANDS, name, run.append)
+        assert akl(monkeypatch, name, "--tokens") == 0
+    assert run == [["--tokens"]] * 2 and set(commands.COMMANDS) < set(entry.COMMANDS)
+    monkeypatch.delitem(commands.COMMANDS, "show")
+    with pytest.raises(ImportError, match=r"akl_lightning\.cli"):
+        akl(monkeypatch, "show")
 
 
 def test_what_a_command_line_does_not_need_is_not_imported() -> None:
