@@ -5,15 +5,22 @@ Texts are split into words as sacrebleu does by default (the ``13a`` tokenizer o
 
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-_tokenize = Tokenizer13a()
+if TYPE_CHECKING:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 
 def _words(answer: str) -> list[str]:
-    return _tokenize(answer).split()
+    return _tokenizer()(answer).split()
+
+
+@cache
+def _tokenizer() -> "Tokenizer13a":
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a  # every command imports this file
+
+    return Tokenizer13a()
 
 
 def distinct(answers: Iterable[str], n: int) -> float:
@@ -53,6 +60,8 @@ def self_bleu(groups: Iterable[Sequence[str]]) -> float:
     >>> round(self_bleu([["a cat sat", "a cat sat"]]))
     100
     """
+    from sacrebleu.metrics.bleu import BLEU
+
     bleu = BLEU(effective_order=True)
     scores = [
         bleu.sentence_score(answer, [*group[:index], *group[index + 1 :]]).score
