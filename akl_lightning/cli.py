@@ -44,6 +44,7 @@ from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser
 from akl_lightning.run_command import run_command as run_command
+from akl_lightning.run_config import RunConfig
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 from akl_lightning.teachers.choose import has_own_model
 
@@ -152,7 +153,7 @@ class DistillationCLI(InstructionCLI):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(DistillationModule, **kwargs)
+        super().__init__(DistillationModule, **{"save_config_callback": RunConfig, **kwargs})
 
     def before_instantiate_classes(self) -> None:
         """Look at what costs little, and find what ``--ckpt_path last`` means: Lightning would start afresh without."""

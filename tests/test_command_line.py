@@ -70,6 +70,15 @@ def test_a_printed_configuration_is_the_run(
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_without_a_logger_a_second_run_writes_its_settings_beside_the_firsts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rate in ("0.1", "0.2"):
+        assert akl(monkeypatch, "fit", *RUN, "--model.optimizer.lr", rate, "--trainer.logger", "false") == 0
+    saved = [yaml.safe_load((folder / name).read_text()) for name in ("config.yaml", "config-v1.yaml")]
+    assert [config["model"]["optimizer"]["init_args"]["lr"] for config in saved] == [0.1, 0.2]
+
+
 def test_a_run_that_goes_on_has_the_rate_of_the_flag(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = ["--model.lr_scheduler", "linear", "--trainer.default_root_dir"]
     assert akl(monkeypatch, "fit", *RUN, *schedule, "one", "--model.optimizer.lr", "1e-3") == 0

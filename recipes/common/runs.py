@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -57,7 +56,6 @@ class RunCLI(DistillationCLI):
             run=False,
             args=args,
             parser_kwargs={"description": description},
-            save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
         )
 
@@ -201,16 +199,6 @@ def find_run(output_dir: Path, ckpt_path: str) -> tuple[Path, str]:
     if not Path(ckpt_path).is_file():
         raise UsageError(f"there is no checkpoint {ckpt_path}: give the path of one, or 'last'.")
     return Path(ckpt_path).resolve().parent.parent, ckpt_path
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes the settings to ``config.yaml`` in the run's folder; those of a run that goes on beside the first."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write them; called once, on rank 0."""
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, free_path(path), skip_none=False, multifile=False)
 
 
 def distill(cli: RunCLI) -> None:

@@ -1,14 +1,18 @@
-"""Pictures and answers of a student and a teacher that several processes share."""
+"""Pictures, answers and settings of a student and a teacher that several processes share."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerFast
 
+from akl_lightning.cli import main
 from tests.conftest import QUIET
 from tests.distributed.training import apart, data_of, launch, module_of, prepare, run, whole_state
 
@@ -45,3 +49,23 @@ def test_pictures_and_answers_on_two_processes(
     alone = Trainer(**QUIET, max_epochs=1)
     alone.fit(module_of(tmp_path, "sgd"), data_of(tmp_path, validation_size=1))
     assert apart(torch.load(tmp_path / "out/student.pt"), whole_state(alone)) <= 1e-5
+
+
+def fit_from_the_command_line(rank: int, folder: Path) -> None:
+    os.chdir(folder)
+    models = ["--model.student", "student", "--model.teacher", "teacher"]
+    source = ["--data.source", "JsonLines", "--data.source.path", "pairs.jsonl", "--data.max_length", "40"]
+    trainer = ["accelerator=cpu", "devices=2", "strategy=ddp", "logger=false", "max_steps=1"]
+    sys.argv = ["akl", "fit", *models, *source, *(f"--trainer.{setting}" for setting in trainer)]
+    main()
+
+
+def test_two_processes_write_their_settings_once_beside_those_of_the_run_before(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    prepare(tmp_path, tokenizer)
+    (tmp_path / "config.yaml").write_text("of the run before")
+    launch(fit_from_the_command_line, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "of the run before"
+    (written,) = tmp_path.glob("config-*.yaml")
+    assert written.name == "config-v1.yaml" and yaml.safe_load(written.read_text())["trainer"]["devices"] == "2"

@@ -655,7 +655,6 @@ def test_the_command_takes_the_students_tokenizer_and_says_what_is_compared(
     cached = ["cache", "--model.teacher", "teacher", "--model.path", "cached", "--data.tokenizer", "student", *source]
     fit = ["fit", "--model.student", "student", *source, "--trainer.max_steps", "1", "--trainer.logger", "false"]
     for arguments in ([*fit, "--model.teacher", "teacher"], cached, [*fit, "--model.teacher", "cache:cached"]):
-        (tmp_path / "config.yaml").unlink(missing_ok=True)  # of the run before
         monkeypatch.setattr("sys.argv", ["akl", *arguments])
         main()
         said = capsys.readouterr().err
