@@ -38,15 +38,16 @@ from akl_lightning.entry import DESCRIPTION
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.generate import AnswerWriter
 from akl_lightning.learning_rate import chosen_rate, leave_out_default
-from akl_lightning.models.load import load_tokenizer
+from akl_lightning.models.load import load_tokenizer, look_for_causal_lm
 from akl_lightning.models.vocabulary import name_for_tokens
 from akl_lightning.module import DistillationModule
 from akl_lightning.optimization import end_after_epochs, try_optimizer
 from akl_lightning.parser import OneSentenceParser
+from akl_lightning.rollouts.settings import CACHED_TEACHER
 from akl_lightning.run_command import run_command as run_command
 from akl_lightning.run_config import RunConfig
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
-from akl_lightning.teachers.choose import has_own_model
+from akl_lightning.teachers.choose import has_own_model, is_cache, look_for_teacher
 
 _TWICE = "trainer.callbacks has {} twice: give it once."
 
@@ -168,12 +169,14 @@ class DistillationCLI(InstructionCLI):
         super().before_instantiate_classes()
 
     def look_first(self) -> None:
-        """Look at checkpoint, folders, optimizer and schedule, once, before anything that takes long.
+        """Look at settings, checkpoint, folders, optimizer and schedule, once, before anything that takes long.
 
         Raises:
             UsageError: one of them cannot be had.
         """
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if self._samples and self.subcommand in (None, "fit", "validate") and is_cache(config.model.teacher):
+            raise UsageError(CACHED_TEACHER)
         checkpoint = config.get("ckpt_path")
         if checkpoint and checkpoint not in ("best", "hpc") and ":" not in checkpoint:
             AtomicCheckpointIO().load_checkpoint(checkpoint)
@@ -191,14 +194,21 @@ class DistillationCLI(InstructionCLI):
             endless = given.max_epochs == -1 or (given.max_epochs is None and given.max_time is not None)
             ends = not endless or given.max_steps != -1 or bool(given.fast_dev_run)
             try_optimizer(settings.model.optimizer, settings.model.lr_scheduler, ends)
+        look_for_causal_lm(config.model.student, config.model.trust_remote_code, "student")
+        look_for_teacher(config.model.teacher, config.model.trust_remote_code)
+
+    @property
+    def _samples(self) -> bool:
+        """Whether the student is to learn on-policy."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        on_policy = config.model.get("on_policy")
+        return on_policy is not None and on_policy.share > 0
 
     def instantiate_classes(self) -> None:
         """Read and tokenize the data before the models, which take longer."""
         with isolate_rng():  # new models are the same whether there was something to tokenize
             data = InstructionDataModule(**self._without_models().data.as_dict())
-            config = self.config if self.subcommand is None else self.config[self.subcommand]
-            on_policy = config.model.get("on_policy")
-            data.prompts_alone = on_policy is not None and on_policy.share > 0
+            data.prompts_alone = self._samples
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
         self.datamodule.go_on_from(data)

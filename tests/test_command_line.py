@@ -305,6 +305,47 @@ def test_what_costs_little_is_looked_at_before_a_model_is_loaded(
     assert message in capsys.readouterr().err.split("error: ")[1]
 
 
+CACHED = ["--model.teacher", "cache:cached"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*CACHED, "--model.on_policy.share", "0.5"], "a cached teacher cannot score rollouts, which it has not seen"),
+        (CACHED, "there is no teacher's cache in cached: give the folder that akl cache has written"),
+        (["--model.student", "gone"], "cannot load the student 'gone': it is no local folder with a model in it"),
+        (["--model.teacher", "gone"], "cannot load the teacher 'gone': it is no local folder with a model in it"),
+        (["--model.student", "empty"], "cannot load the student 'empty': Unrecognized model in empty"),
+        (["--model.teacher", "bare"], "cannot load the teacher 'bare': there are no weights in it, model.safetensors"),
+        (
+            ["--model.student", "adapter"],
+            "cannot load the base of the student 'adapter', 'gone': it is no lo",
+        ),
+        (["--model.student", "{layers_of: gone, keep: [0]}"], "cannot load the student 'gone': it is no local folder"),
+        (["--model.student", "{model_type: gpt9}"], "transformers knows no model_type 'gpt9'"),
+        (["--model.teacher", "large/no.gguf"], "cannot load the teacher 'large/no.gguf': there is no such file"),
+        (["--model.teacher", "package:no_such"], "the package of 'package:no_such' is not installed"),
+    ],
+)
+def test_what_is_wrong_with_models_is_said_before_the_data_are_read(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the data are read")
+
+    for name in ("empty", "adapter"):
+        (folder / name).mkdir()
+    (folder / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gone"}))
+    gpt2(16).config.save_pretrained(folder / "bare")
+    monkeypatch.setattr("akl_lightning.data.samples.InstructionData.encode", refuse)
+    assert akl(monkeypatch, "fit", *RUN, "--data.tokenizer", "large", *arguments) == 2
+    assert message in capsys.readouterr().err.split("error: ")[1]
+
+
 def test_a_callback_given_twice_is_one_sentence(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 from akl_lightning import hub
 from akl_lightning.data.sources import HubDataset, PaperTestSet
 from akl_lightning.errors import UsageError
-from akl_lightning.models.load import load_causal_lm, load_tokenizer, outline_causal_lm
+from akl_lightning.models.load import load_causal_lm, load_tokenizer, look_for_causal_lm, outline_causal_lm
 from akl_lightning.models.vocabulary import tokenizer_of
 from tests.conftest import gpt2
 
@@ -79,6 +81,37 @@ def test_a_folder_that_is_there_is_refused_with_the_librarys_reason(how: str, tm
     if how in ("newer", "cut config", "wrong type", "encoder-decoder", "vision"):
         with pytest.raises(UsageError, match=reason):
             outline_causal_lm(str(folder), role="teacher")
+
+
+def test_a_model_that_can_be_loaded_is_found_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2(16).save_pretrained(tmp_path / "whole", max_shard_size="10KB")
+    gpt2(16).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(load_causal_lm(str(tmp_path / "base")), LoraConfig(task_type="CAUSAL_LM", r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    gpt2(16).save_pretrained(tmp_path / "old")
+    state = load_file(tmp_path / "old/model.safetensors")
+    torch.save(state, tmp_path / "old/pytorch_model.bin")
+    (tmp_path / "old/model.safetensors").unlink()
+    folders = [str(tmp_path / name) for name in ("whole", "adapter", "old")]
+    new = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9}
+    sources = [*folders, {"layers_of": folders[0], "keep": [0]}, new, gpt2(16)]
+    for source in sources:
+        load_causal_lm(source)
+    cached = tmp_path / "hub/models--somebody--something/snapshots/abc"
+    cached.mkdir(parents=True)
+    gpt2(16).save_pretrained(cached)
+    (cached.parents[1] / "refs").mkdir()
+    (cached.parents[1] / "refs/main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for weights in cached.glob("*.safetensors"):
+        weights.unlink()  # of a name it is left to the hub whether there are any
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(b"")
+    (tmp_path / "old/pytorch_model.bin").write_bytes(b"")
+    for source in [*sources, "somebody/something"]:
+        look_for_causal_lm(source)
 
 
 def test_an_adapter_whose_base_has_moved(tmp_path: Path) -> None:
@@ -156,7 +189,7 @@ def test_without_a_network_a_name_is_refused_in_seconds(
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{held.getsockname()[1]}")
         monkeypatch.setattr(hub, "ANSWER_SECONDS", 1)
         begun = time.monotonic()
-        for load in (load_causal_lm, outline_causal_lm, load_tokenizer):
+        for load in (load_causal_lm, look_for_causal_lm, outline_causal_lm, load_tokenizer):
             with pytest.raises(UsageError, match="the hub has none of that name or cannot be reached"):
                 load("nobody/nothing")
         assert tokenizer_of("nobody/nothing") is None

@@ -62,18 +62,13 @@ def load_causal_lm(
             f"only a {role} in a folder or on the hub can be read in {precision}: give one, or another precision."
         )
     dtype = _dtype(precision)
+    if isinstance(source, Mapping):
+        _check_mapping(source, role)
     if isinstance(source, Mapping) and "layers_of" in source:
-        if set(source) != {"layers_of", "keep"}:
-            raise UsageError(f"a {role} made of layers_of another needs keep, the numbers of these, and nothing else.")
         whole = load_causal_lm(source["layers_of"], trust_remote_code, role, precision, attn_implementation)
         return prune_layers(whole, source["keep"])  # type: ignore[arg-type]
     if isinstance(source, Mapping):
-        if "model_type" not in source:
-            raise UsageError(f"the {role}'s config {dict(source)} has no model_type: name one, gpt2 for example.")
-        try:
-            config = AutoConfig.for_model(**source)
-        except ValueError as error:
-            raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
+        config = AutoConfig.for_model(**source)
         with _attending(role, attn_implementation):
             return transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype or torch.float32, attn_implementation=attn_implementation
@@ -94,6 +89,57 @@ def load_causal_lm(
                 trust_remote_code=trust_remote_code,
             )
     return model.train()  # transformers gives it in eval mode, in which the Trainer would leave it
+
+
+def look_for_causal_lm(source: Any, trust_remote_code: bool = False, role: str = "model") -> None:
+    """Ask whether :func:`load_causal_lm` will find a model, of which at most the config is read.
+
+    Args:
+        source: as it takes it; what is neither a name nor a mapping is taken to be a model.
+        trust_remote_code: run Python code that comes with the model.
+        role: what an error calls it.
+
+    Raises:
+        UsageError: it will not, or not with weights.
+    """
+    if isinstance(source, Mapping):
+        _check_mapping(source, role)
+        look_for_causal_lm(source.get("layers_of"), trust_remote_code, role)
+    if not isinstance(source, str):
+        return
+    location = _location(source)
+    folder = Path(location["pretrained_model_name_or_path"])
+    if "gguf_file" in location:
+        if folder.is_dir() and not (folder / location["gguf_file"]).exists():
+            raise UsageError(f"cannot load the {role} {source!r}: there is no such file; give the path of another.")
+        return
+    with _explained(role, source):
+        base = base_of_adapter(source)
+        if base is not None:
+            look_for_causal_lm(base, trust_remote_code, f"base of the {role} {source!r},")
+            return
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    weights = (".safetensors", ".bin")
+    # A model with code of its own may well keep them elsewhere.
+    if folder.is_dir() and not trust_remote_code and not any(file.suffix in weights for file in folder.iterdir()):
+        raise UsageError(
+            f"cannot load the {role} {source!r}: there are no weights in it, model.safetensors or pytorch_model.bin; "
+            "give the folder that save_pretrained wrote."
+        )
+
+
+def _check_mapping(source: Mapping[str, Any], role: str) -> None:
+    """Raise :class:`UsageError` for a mapping that is neither a config nor some layers of another model."""
+    if "layers_of" in source:
+        if set(source) != {"layers_of", "keep"}:
+            raise UsageError(f"a {role} made of layers_of another needs keep, the numbers of these, and nothing else.")
+        return
+    if "model_type" not in source:
+        raise UsageError(f"the {role}'s config {dict(source)} has no model_type: name one, gpt2 for example.")
+    try:
+        AutoConfig.for_model(source["model_type"])
+    except ValueError as error:
+        raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
 
 
 def outline_causal_lm(

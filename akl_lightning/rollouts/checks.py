@@ -11,6 +11,7 @@ from akl_lightning.data.facts import data_of
 from akl_lightning.data.module import InstructionDataModule
 from akl_lightning.errors import UsageError
 from akl_lightning.rollouts.draw import Rollouts
+from akl_lightning.rollouts.settings import CACHED_TEACHER
 from akl_lightning.teachers.aligned import inner_of
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.live import LiveTeacher
@@ -33,10 +34,7 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     if teacher is None:
         raise UsageError(f"rollouts are scored by a teacher and there is none: give model.teacher, or {off}.")
     if isinstance(inner_of(teacher), CachedTeacher):
-        raise UsageError(
-            "a cached teacher cannot score rollouts, which it has not seen: give model.teacher the model itself, or "
-            f"{off}."
-        )
+        raise UsageError(CACHED_TEACHER)
     if getattr(module.student.config, "is_encoder_decoder", False):
         raise UsageError(
             f"{module.student.description} is an encoder-decoder, whose answers do not go on from their prompts: take "

@@ -25,9 +25,10 @@ from akl_lightning.rollouts.aligned import sides_of
 from akl_lightning.rollouts.batches import Answer, RolloutTokens, Sample, answered, rollout_tokens, samples_of
 from akl_lightning.rollouts.off import OffPolicy
 from akl_lightning.rollouts.sampler import Sampler, Task
-from akl_lightning.rollouts.settings import OnPolicy
+from akl_lightning.rollouts.settings import CACHED_TEACHER, OnPolicy
 from akl_lightning.rollouts.watch import Watch, add_rollout_metrics, statistics_of
-from akl_lightning.teachers.aligned import AlignedTeacher, tokenizers_of, weights_of
+from akl_lightning.teachers.aligned import AlignedTeacher, inner_of, tokenizers_of, weights_of
+from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.tokenizers.alignment import NONE
 
 if TYPE_CHECKING:
@@ -208,8 +209,10 @@ class Rollouts(OffPolicy):
         """Check a data module before anything is done with the data.
 
         Raises:
-            UsageError: the teacher is to answer, and has another tokenizer.
+            UsageError: the teacher is a cache, or is to answer and has another tokenizer.
         """
+        if isinstance(inner_of(self.module.teacher), CachedTeacher) and stage in ("fit", "validate"):
+            raise UsageError(CACHED_TEACHER)
         wish, (own, here) = self.settings.responses_from, tokenizers_of(self.module, facts_of(data))
         if wish == "student" or own is None or here is None or stage not in ("fit", "validate"):
             return

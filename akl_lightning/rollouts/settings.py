@@ -8,6 +8,12 @@ from akl_lightning.errors import UsageError
 from akl_lightning.functional import check_fraction
 from akl_lightning.rollouts.engines import Engine, Sampling
 
+CACHED_TEACHER = (
+    "a cached teacher cannot score rollouts, which it has not seen: give model.teacher the model itself, or set "
+    "on_policy.share to 0."
+)
+"""Said before any work, whoever is asked first."""
+
 
 @dataclass(frozen=True)
 class OnPolicy:

@@ -1,26 +1,42 @@
 """Which teacher a setting means."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from akl_lightning.errors import UsageError
-from akl_lightning.models.load import Precision
+from akl_lightning.models.load import Precision, look_for_causal_lm
 from akl_lightning.models.split import SplitModel
 from akl_lightning.teachers.base import Teacher
 from akl_lightning.teachers.base_model import BASE, BaseModelTeacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
-from akl_lightning.teachers.cache.reader import CachedTeacher
+from akl_lightning.teachers.cache.reader import CachedTeacher, read_finished
 from akl_lightning.teachers.live import LiveTeacher
 
 
 def has_own_model(teacher: nn.Module | Mapping[str, Any] | str | None) -> bool:
     """Whether a teacher is a model beside the student: neither none, nor a cache, nor the student's base."""
-    return teacher is not None and not (
-        isinstance(teacher, str) and (teacher == BASE or teacher.startswith(CACHE_PREFIX))
-    )
+    return teacher is not None and teacher != BASE and not is_cache(teacher)
+
+
+def is_cache(teacher: object) -> TypeGuard[str]:
+    """Whether a setting means a teacher's cache."""
+    return isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX)
+
+
+def look_for_teacher(teacher: Any, trust_remote_code: bool = False) -> None:
+    """Ask whether :func:`choose_teacher` will find the teacher of a setting, of which no weights are read.
+
+    Raises:
+        UsageError: it will not.
+    """
+    if is_cache(teacher):
+        read_finished(Path(teacher.removeprefix(CACHE_PREFIX)).expanduser())
+    elif has_own_model(teacher):
+        look_for_causal_lm(teacher, trust_remote_code, "teacher")
 
 
 def choose_teacher(
@@ -46,7 +62,7 @@ def choose_teacher(
         return None
     if teacher == BASE:
         return BaseModelTeacher(student)
-    if isinstance(teacher, str) and teacher.startswith(CACHE_PREFIX):
+    if is_cache(teacher):
         return CachedTeacher(teacher.removeprefix(CACHE_PREFIX))
     if isinstance(teacher, nn.Module):
         _check_apart(teacher, student)

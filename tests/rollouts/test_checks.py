@@ -69,7 +69,10 @@ def test_sampling_out_of_its_range(settings: dict[str, Any], match: str) -> None
 def test_somebody_has_to_score_rollouts(data: InstructionDataModule, tmp_path: Path) -> None:
     refused("there is none: give model.teacher", data, teacher=None, criterion=DistillationCriterion(alpha=0))
     cached = write(gpt2(24), tmp_path / "cache", data)
-    refused("cached teacher cannot score rollouts.*share to 0", data, teacher=cached)
+    refused("cached teacher cannot score rollouts.*share to 0", loader(samples(2)), teacher=cached)
+    unread = InstructionDataModule(data.tokenizer, data.source)
+    refused("cached teacher cannot score rollouts.*share to 0", unread, teacher=cached)
+    assert not unread.splits, "said before the data are tokenized"
 
 
 def test_a_student_has_to_answer(data: InstructionDataModule) -> None:

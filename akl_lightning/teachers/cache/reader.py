@@ -40,6 +40,18 @@ from akl_lightning.teachers.fingerprint import tokenizer_digests
 _SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 
 
+def read_finished(path: Path) -> dict[str, Any]:
+    """The manifest of a cache that is to be trained from.
+
+    Raises:
+        UsageError: there is none of this version, or it is unfinished.
+    """
+    manifest = read_manifest(path)
+    if not manifest["complete"]:
+        raise UsageError(f"{path} is unfinished: run the same akl cache again, it goes on where it stopped.")
+    return manifest
+
+
 class CachedTeacher(Teacher):
     """What ``akl cache`` has written, in the teacher's place.
 
@@ -52,9 +64,7 @@ class CachedTeacher(Teacher):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.manifest = read_manifest(self.path)
-        if not self.manifest["complete"]:
-            raise UsageError(f"{self.path} is unfinished: run the same akl cache again, it goes on where it stopped.")
+        self.manifest = read_finished(self.path)
         self._files = {entry["file"]: entry for entry in [*self.manifest["shards"], self.manifest["head"]] if entry}
         for name, entry in self._files.items():
             file = self.path / name
