@@ -33,8 +33,8 @@ class StudentExport(Callback):
     """Write the student when training ends, as it is then and as it was at the best checkpoint.
 
     Each is a folder as ``save_pretrained`` writes it: weights in safetensors, config, generation config, the data's
-    tokenizer with the template that the user has given, and a model card. The best is that of the first
-    ``ModelCheckpoint`` with a ``monitor``; without one there is no such folder.
+    tokenizer with the template that the user has given and the template's arguments, and a model card. The best is that
+    of the first ``ModelCheckpoint`` with a ``monitor``; without one there is no such folder.
 
     Args:
         dirpath: the folder; the best student goes to the one beside it whose name ends in ``-best``. Where it is not
@@ -144,6 +144,11 @@ class StudentExport(Callback):
 
     def _write_both(self, trainer: Trainer, module: DistillationModule, weights: Any) -> None:
         epoch, step = trainer.current_epoch, trainer.global_step
+        if lost := self._lost(trainer):
+            rank_zero_warn(
+                f"the student's tokenizer does not have the template's {' and '.join(lost)} that it has learnt with: "
+                "whoever serves it has to give them to apply_chat_template."
+            )
         self.exported = self._write(trainer, module, "", weights, f"the last of {epoch} epochs", step)
         rank_zero_info(f"student exported to {self.exported}")
         if best := _best_checkpoint(trainer):
@@ -155,6 +160,11 @@ class StudentExport(Callback):
             )
             rank_zero_info(f"best student exported to {self.exported_best}")
 
+    def _lost(self, trainer: Trainer) -> list[str]:
+        """Names of the template's arguments that the tokenizer that is written does not have: it is given, as it is."""
+        facts = facts_of_run(trainer)
+        return [] if self.tokenizer in (None, facts.tokenizer) else list(facts.template_arguments or {})
+
     def _write(
         self, trainer: Trainer, module: DistillationModule, suffix: str, weights: Any, which: str, step: int
     ) -> Path:
@@ -165,7 +175,7 @@ class StudentExport(Callback):
         if _is_empty(path):
             path.rmdir()
         path = claim_folder(path)
-        facts = facts_of_run(trainer)
+        facts, lost = facts_of_run(trainer), self._lost(trainer)
         model, tokenizer = module.student.model, self.tokenizer or module.find_tokenizer()
         if tokenizer is not None and tokenizer is facts.tokenizer and facts.chat_template is not None:
             tokenizer = copy.deepcopy(tokenizer)
@@ -187,7 +197,8 @@ class StudentExport(Callback):
                     ends.pop("pad_token_id", None)
                 generation.update(**ends)  # so that answers end where the module's do
                 generation.save_pretrained(folder)
-            card = model_card(trainer, module, f"{which}, after {step:,} optimizer steps", self.validations.get(step))
+            which = f"{which}, after {step:,} optimizer steps"
+            card = model_card(trainer, module, which, self.validations.get(step), lost)
             (folder / "README.md").write_text(card, encoding="utf-8")
         return path
 

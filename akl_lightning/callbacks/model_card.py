@@ -1,7 +1,7 @@
 """What a reader of an exported student has to know, as the hub's model card."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,7 +15,13 @@ from akl_lightning.divergences import Divergence
 from akl_lightning.module import DistillationModule
 
 
-def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics: Mapping[str, float] | None) -> str:
+def model_card(
+    trainer: Trainer,
+    module: DistillationModule,
+    which: str,
+    metrics: Mapping[str, float] | None,
+    to_be_given: Sequence[str] = (),
+) -> str:
     """The text of ``README.md``, with the hub's metadata on top.
 
     Args:
@@ -23,6 +29,7 @@ def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics
         module: student, teacher and criterion.
         which: the checkpoint that was exported.
         metrics: of validation at that checkpoint, by name, or None where there was none.
+        to_be_given: names of the template's arguments that the tokenizer does not have.
     """
     criterion, teacher = module.criterion, module.teacher
     data, facts_of_data = data_of(trainer), facts_of_run(trainer)
@@ -42,7 +49,10 @@ def model_card(trainer: Trainer, module: DistillationModule, which: str, metrics
         "Checkpoint": which,
     }
     if facts_of_data.template is not None:
-        facts["Prompt template"] = repr(facts_of_data.template)
+        arguments = [f"{name}={value!r}" for name, value in (facts_of_data.template_arguments or {}).items()]
+        given = f" with {', '.join(arguments)}" if arguments else ""
+        advice = f"; give {' and '.join(to_be_given)} to apply_chat_template" if to_be_given else ""
+        facts["Prompt template"] = f"{facts_of_data.template!r}{given}{advice}"
     figures = in_order({name.removeprefix("val/"): value for name, value in (metrics or {}).items()})
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["distillation", "akl-lightning"]

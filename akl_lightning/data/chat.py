@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
 from akl_lightning.data.rendering import Rendering, SampleError, Written
-from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
+from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format, with_defaults
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
 from akl_lightning.data.turns import Turn, Turns
 from akl_lightning.errors import UsageError
@@ -145,17 +145,23 @@ class Chat:
             )
 
     @property
-    def given_template(self) -> str | None:
-        """A template that is not the tokenizer's own as Jinja, with the beginning of the text that it lacks; or None.
+    def given_template(self) -> str | dict[str, str] | None:
+        """The chat template with which a tokenizer writes what was learnt from, without being told anything; Jinja.
 
-        A tokenizer with it writes the prompts that the student has learnt from.
+        It has the beginning of the text, where that is no part of it, and the arguments as defaults. None where the
+        tokenizer's own will do; a mapping where that is several, by their names.
         """
-        if not self._is_given:
+        own = self.tokenizer.chat_template
+        if not self._is_given and (own is None or not self.arguments):
             return None
+        if not self._is_given and isinstance(own, dict):
+            return {name: with_defaults(text, self.arguments) for name, text in own.items()}
+        if not self._is_given:
+            return with_defaults(own, self.arguments)
         text, _ = self.rendering.texts
         begins = "".join(self.tokenizer.convert_ids_to_tokens(self._lead))
         writes_it = self.rendering.text([{"role": "user", "content": "a"}]).startswith(begins)
-        return text if writes_it else f"{{{{ {begins!r} }}}}{text}"
+        return with_defaults(text if writes_it else f"{{{{ {begins!r} }}}}{text}", self.arguments)
 
     def introduce(self) -> None:
         """Say what one would not expect of the template."""

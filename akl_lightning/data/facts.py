@@ -47,8 +47,11 @@ class DataFacts:
     template: str | None = None
     """How instructions become prompts."""
 
-    chat_template: str | None = None
-    """A template that the user has given, as Jinja."""
+    template_arguments: Any = None
+    """Variables of the template."""
+
+    chat_template: str | dict[str, str] | None = None
+    """What the tokenizer is to have for its chat template, where its own does not write what was learnt; as Jinja."""
 
     template_digest: str | None = None
     """What tells it from others."""

@@ -7,7 +7,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.in_turn import in_turn
-from akl_lightning.data.templates import pinned_dates, template_text, variables, with_marks
+from akl_lightning.data.templates import is_plain, pinned_dates, template_text, variables, with_marks
 from akl_lightning.data.tokens import any_of
 from akl_lightning.errors import UsageError
 
@@ -37,7 +37,8 @@ class Rendering:
         arguments: further variables of the template.
 
     Raises:
-        UsageError: the template fails on a question and an answer, leaves one out, or does not use an argument.
+        UsageError: the template fails on a question and an answer, leaves one out, or does not use an argument; or an
+            argument is none that it could have as a default.
     """
 
     parts: bool
@@ -157,7 +158,12 @@ class Rendering:
                 f"the chat template is no Jinja ({' '.join(str(error).split()).rstrip('.')}): mend it, or use the "
                 "template plain or alpaca, or another one."
             ) from error
-        for name in self.arguments:
+        for name, value in self.arguments.items():
+            if not is_plain(value):
+                raise UsageError(
+                    f"data.template_arguments has {name} = {value!r}, which cannot be written into a template: give "
+                    "a text, a number, a boolean, or a list or mapping of these."
+                )
             if name not in known:
                 raise UsageError(
                     f"data.template_arguments has {name!r}, which the chat template does not use: it knows "

@@ -219,9 +219,14 @@ class InstructionData:
         return self.chat.template
 
     @property
-    def chat_template(self) -> str | None:
-        """A template of the user's own as Jinja, for whoever serves the student; else None."""
+    def chat_template(self) -> str | dict[str, str] | None:
+        """What whoever serves the student needs as the tokenizer's, where that is another; else None."""
         return self.chat.given_template
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Variables of the template."""
+        return self.chat.arguments
 
     @property
     def template_digest(self) -> str:

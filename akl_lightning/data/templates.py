@@ -1,10 +1,13 @@
 """Chat templates as Jinja texts: those of this package by name, format strings, files."""
 
+import ast
 import re
 import string
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2 import meta
@@ -136,6 +139,28 @@ def with_marks(text: str) -> str | None:
         return None
     head = f"{{% macro marked_as_generated() %}}{OPEN}{{{{ caller() }}}}{CLOSE}{{% endmacro %}}\n"
     return head + _MARK.sub(lambda tag: tag[1] + ("endcall" if tag[2] else "call marked_as_generated()") + tag[3], text)
+
+
+def with_defaults(text: str, arguments: Mapping[str, Any]) -> str:
+    """The template with arguments that hold unless others are given; each :func:`is_plain`.
+
+    >>> with_defaults("{{ messages }}", {"enable_thinking": False})
+    '{% set enable_thinking = enable_thinking|default(False) %}\\n{{ messages }}'
+    """
+    head = "".join(f"{{% set {name} = {name}|default({value!a}) %}}" for name, value in arguments.items())
+    # The end of the line is no part of what is written.
+    return f"{head}\n{text}" if head else text
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it can be written into a template: texts, numbers, booleans, None, and lists and mappings of these.
+
+    >>> is_plain({"levels": [1, 0.5, "é", None]}), is_plain(PINNED)
+    (True, False)
+    """
+    with suppress(ValueError, SyntaxError):
+        return bool(ast.literal_eval(ascii(value)) == value)
+    return False
 
 
 def pinned_dates(text: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
+import copy
 import json
 import re
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from akl_lightning.callbacks import StudentExport
 from akl_lightning.cli import run_command
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.sources import JsonLines
 from akl_lightning.divergences import AdaptiveKL
 from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
@@ -128,6 +131,60 @@ def test_the_tokenizer_has_the_template_that_was_given(data: InstructionDataModu
     row = own.splits["train"][0]
     asked = json.loads(row["messages"])[:1]
     assert tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == row["prompt_ids"]
+
+
+THINKING = (
+    "{% macro say(who) %}{{ '<' ~ who ~ (' quietly' if thinking is defined and not thinking) ~ '>' }}{% endmacro %}"
+    "{% for message in messages %}{{ say(message.role) ~ message.content ~ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ say('assistant') ~ (level|default('')) }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["own", "several", "given"])
+def test_the_tokenizer_has_the_templates_arguments(kind: str, tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    if kind == "own":
+        tokenizer.chat_template = THINKING
+    if kind == "several":
+        tokenizer.chat_template = {"default": THINKING, "tool_use": THINKING + "{{ tools }}"}
+    arguments = {"thinking": False, "level": "é, 'a' \"b\" \\ %} {{ 😀"}
+    template = THINKING if kind == "given" else None
+    data = InstructionDataModule(
+        tokenizer, JsonLines(corpus), template, 4, 64, test_size=4, template_arguments=arguments
+    )
+    export = StudentExport(str(tmp_path / "student"))
+    fit(data, export, tmp_path, epochs=1)
+    exported = AutoTokenizer.from_pretrained(export.exported)
+    messages = [{"role": "user", "content": "Why?"}]
+
+    def written(by: Any, **given: Any) -> list[str]:
+        more = [{}, {"add_generation_prompt": True}] + [{"tools": []}] * (kind == "several")
+        return [by.apply_chat_template(messages, tokenize=False, **given, **one) for one in more]
+
+    by = {} if kind != "given" else {"chat_template": THINKING}
+    assert written(exported) == written(tokenizer, **arguments, **by)
+    assert "quietly" in written(exported)[0] and arguments["level"] in written(exported)[1]
+    assert "quietly" not in written(exported, thinking=True)[0], "a default, no more"
+    assert "level=" in (card := (export.exported / "README.md").read_text()) and "with thinking=False, " in card
+    assert "to apply_chat_template" not in card
+    again = InstructionDataModule(exported, JsonLines(corpus), max_length=64, template_arguments={"thinking": True})
+    assert "quietly" not in again.chat.rendering.text(messages)
+
+
+def test_a_tokenizer_that_is_given_does_not_have_them(tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = THINKING
+    data = InstructionDataModule(own, JsonLines(corpus), max_length=60, template_arguments={"level": "x"})
+    export = StudentExport(str(tmp_path / "student"), tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match="does not have the template's level that it has learnt with") as warned:
+        fit(data, export, tmp_path, epochs=1)
+    assert len([one for one in warned if "level" in str(one.message)]) == 1 and export.exported_best
+    assert "with level='x'; give level to apply_chat_template" in (export.exported / "README.md").read_text()
+    for value in (date(2024, 7, 26), float("nan")):
+        with pytest.raises(
+            UsageError, match=r"data\.template_arguments has level = .*cannot be written into a template"
+        ):
+            InstructionDataModule(own, JsonLines(corpus), template_arguments={"level": value})
 
 
 def test_without_a_folder_the_next_free_name_is_taken(
