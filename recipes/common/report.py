@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -23,6 +24,7 @@ COLUMNS = {
     "head_error": "head\nerror",
     "tail_error": "tail\nerror",
     "rouge_l": "ROUGE-L",
+    "rollout_rkl": "rollout\nRKL",
 }
 """Figures of the report and their headings: nats per token, gaps per token, ROUGE-L in percent."""
 
@@ -56,16 +58,39 @@ def evaluate(
     return figures, evaluation.answers
 
 
+def evaluate_rollouts(trainer: Trainer, module: DistillationModule, data: InstructionDataModule) -> dict[str, float]:
+    """Look at the student's own answers to the validation split's prompts, where a run does so.
+
+    Args:
+        trainer: of its callbacks only the progress bar hears of it.
+        module: whose student answers.
+        data: gives the validation split.
+
+    Returns:
+        ``rollout_rkl``, or nothing.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = [one for one in callbacks if isinstance(one, ProgressBar)]  # type: ignore[attr-defined]
+    try:
+        means = trainer.validate(module, data, verbose=False)
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    measured = means[0].get("val/rollout_rkl") if means else None
+    return {} if measured is None else {"rollout_rkl": measured}
+
+
 def comparison_table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:
-    """The figures of :data:`COLUMNS`, a row per model."""
+    """The figures of :data:`COLUMNS` that some model has, a row for each model that has any."""
+    columns = [name for name in COLUMNS if any(name in figures for figures in rows.values())]
     table = Table(
         title=title, title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True
     )  # fits 80 columns
     table.add_column("model", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(COLUMNS[column], justify="right", no_wrap=True)
     for name, figures in rows.items():
-        table.add_row(name, *(_number(figures.get(column)) for column in COLUMNS))
+        if figures.keys() & columns:
+            table.add_row(name, *(_number(figures.get(column)) for column in columns))
     return table
 
 

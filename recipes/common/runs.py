@@ -1,6 +1,7 @@
 """A recipe's runs: each with everything in a folder of its own, from its command line to its report."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.teachers.cache.format import CACHE_PREFIX
 from akl_lightning.teachers.live import LiveTeacher
-from common.report import comparison_table, evaluate
+from common.report import comparison_table, evaluate, evaluate_rollouts
 
 
 class RunCLI(DistillationCLI):
@@ -218,9 +219,15 @@ def distill(cli: RunCLI) -> None:
     rows: dict[str, dict[str, float]] = {}
     answers: dict[str, list[list[Record]]] = {}
 
+    on_policy = cli.config.model.on_policy
+    watched = on_policy is not None and on_policy.share > 0 and on_policy.validation_samples > 0
+
     def look_at(name: str, module: DistillationModule) -> None:
         path = run / "answers" / f"{name.replace(' ', '-')}-{{key}}.jsonl"
-        rows[name], answers[name] = evaluate(trainer, module, data, path, decoding)
+        figures, answers[name] = evaluate(trainer, module, data, path, decoding)
+        rows[name] = {name: value for name, value in figures.items() if not math.isnan(value)}
+        if "cross_entropy" not in rows[name] and watched and name != "teacher":
+            rows[name] |= evaluate_rollouts(trainer, module, data)
 
     say("[bold]The student before distillation")
     look_at("student before", module)
@@ -261,16 +268,20 @@ def report(
     path.write_text(json.dumps({"figures": rows}, indent=2))
     console = Console()
     console.print()
-    console.print(comparison_table(rows, "Held-out split: nats and gaps per response token, ROUGE-L in percent"))
+    if any("cross_entropy" in figures for figures in rows.values()):
+        console.print(comparison_table(rows, "Held-out split: nats and gaps per response token, ROUGE-L in percent"))
+    else:
+        console.print("The held-out split holds prompts alone, with no response to measure anything on.")
+        if any("rollout_rkl" in figures for figures in rows.values()):
+            console.print("The student's own answers to the validation split's prompts: nats per token")
+            console.print(comparison_table(rows, ""))
     console.print("Some held-out prompts")
     pairs = list(zip(answers["student after"], answers["teacher"], strict=True))
     for (student, *_), (teacher, *_) in pairs[:: max(1, len(pairs) // 4)][:4]:
         print(f"\n{student['prompt'].strip()}")
-        said = {
-            "reference": " | ".join(student["references"]),
-            "teacher": teacher["answer"],
-            "student": student["answer"],
-        }
+        said = {"teacher": teacher["answer"], "student": student["answer"]}
+        if references := [reference for reference in student["references"] if reference]:
+            said = {"reference": " | ".join(references), **said}
         for who, text in said.items():
             print(f"  {who:>9}: {' '.join(text.split())}")
     callbacks = trainer.callbacks  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -69,3 +70,10 @@ def test_prompts_alone_without_a_warm_start(tmp_path: Path, tokenizer: PreTraine
     assert (
         "ModelCheckpoint watches val/divergence, which has no value" in done.stderr and "student after" in done.stdout
     )
+    said = done.stdout.partition("The held-out split holds prompts alone, with no response to measure anything on.")[2]
+    assert "nan" not in said and "reference:" not in said and all(len(line) <= 80 for line in said.splitlines()[:9])
+    assert re.search(r"rollout *\n model +RKL *\n[ ─]+\n student before +\d\.\d{3} *\n student after +\d", said)
+    (report,) = tmp_path.glob("runs/*/report.json")
+    figures = json.loads(report.read_text())["figures"]
+    assert all(value == value for row in figures.values() for value in row.values())
+    assert ["rollout_rkl" in figures[row] for row in ("student before", "student after", "teacher")] == [1, 1, 0]
