@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from akl_lightning.data.chat import Chat, Encoded
 from akl_lightning.data.rendering import SampleError
@@ -283,6 +283,54 @@ def test_a_tokenizer_with_a_given_template_writes_what_is_learnt(make: Any, temp
         chat.encode(record(*asked, TWO[3])).prompt_ids
     )
     assert Chat(make()).given_template is None and Chat(tokenizers.base(), "chat").given_template is None
+
+
+MACRO = (
+    "\n  {% macro say(m) %}{{ m.content ~ (' <' ~ tone ~ ':' ~ level ~ '>' if tone else '') }}{% endmacro %}\n  [\n"
+    "  {% for m in messages %}\n  {{ say(m) }}{{ eos_token if m.role == 'assistant' }}\n  {% endfor %}\n"
+    "{% if add_generation_prompt %}{{ tone }}: {% endif %}\n"
+)
+"""A template whose macro reads its variables, with line feeds and spaces around its blocks."""
+
+GIVEN = {
+    "Qwen 3": (tokenizers.qwen3, None, {"enable_thinking": False}, {"enable_thinking": True}),
+    "Llama 3": (tokenizers.llama3, "chat", {"date_string": "1 'Jan' 2025"}, {"date_string": "2 Feb 2026"}),
+    "by name": (
+        lambda: tokenizers.base({"default": tokenizers.QWEN3, "tool_use": "\n{{ tools | tojson }}" + tokenizers.QWEN3}),
+        None,
+        {"enable_thinking": False},
+        {"enable_thinking": True},
+    ),
+    "a given one": (tokenizers.gpt2, MACRO, {"tone": "zart 🙂", "level": -1.5}, {"tone": None}),
+    "others": (tokenizers.gpt2, MACRO, {"tone": ["{{ a }}", {"b": None}], "level": True}, {"tone": "%}\n"}),
+}
+
+
+@pytest.mark.parametrize("name", list(GIVEN))
+def test_a_served_tokenizer_has_the_arguments_that_were_trained_with(name: str, tmp_path: Path) -> None:
+    make, template, arguments, others = GIVEN[name]
+    chat = Chat(make(), template, arguments)
+    kept = copy.deepcopy(chat.tokenizer)
+    kept.chat_template = chat.given_template
+    kept.save_pretrained(tmp_path)
+    served, before = AutoTokenizer.from_pretrained(tmp_path), make()
+    if template == MACRO:
+        before.chat_template = MACRO
+    for messages, tools in ((ONE[:1], None), (TWO[:3], None), (TWO, None), (TWO[:3], json.loads(TOOLS))):
+        how = {"tools": tools, "add_generation_prompt": len(messages) % 2 == 1}
+        written = served.apply_chat_template(list(messages), tokenize=False, **how)
+        assert written == before.apply_chat_template(list(messages), tokenize=False, **how, **arguments)
+        # Who serves it may still say otherwise.
+        assert served.apply_chat_template(list(messages), tokenize=False, **how, **others) == (
+            before.apply_chat_template(list(messages), tokenize=False, **how, **{**arguments, **others})
+        )
+        encoded = chat.encode(record(*messages, tools=TOOLS if tools else ""))
+        if how["add_generation_prompt"]:
+            assert written != before.apply_chat_template(list(messages), tokenize=False, **how)
+            assert served.apply_chat_template(list(messages), **how)["input_ids"] == encoded.prompt_ids
+        # Trained with once more, it is as it was, and still takes them.
+        for again in (Chat(served), Chat(served, None, arguments)):
+            assert again.encode(record(*messages, tools=TOOLS if tools else "")) == encoded
 
 
 def test_chatml_ends_with_the_end_of_text_where_its_own_is_no_token() -> None:
