@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.callbacks.loggers import log_figure, log_texts
@@ -19,6 +18,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts.aligned import teacher_prompt
+from akl_lightning.rollouts.batches import padded
 from akl_lightning.rollouts.draw import Rollouts
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.tokenizers.alignment import NONE
@@ -101,8 +101,9 @@ class SampledAnswers(SampleCallback):
         limit = pl_module.student.max_positions
         room = None if limit is None else limit - pl_module.max_new_tokens
         tasks = [task for task in self.found if room is None or len(task.prompt) <= room]
-        filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)
-        batch = _padded([task.prompt for task in tasks] or [filler], float(filler.item()), "left")
+        pad = tokenizer.eos_token_id or 0
+        filler = torch.tensor([pad], device=pl_module.device)
+        batch = padded([task.prompt for task in tasks] or [filler], pad, "left")
         answers = pl_module.predict_step(batch, 0)
         ends = pl_module.student.stop_tokens(tokenizer, facts_of_run(trainer).end_tokens)
         _log(trainer, tokenizer, ends, tasks, list(answers[: len(tasks)]))
@@ -111,9 +112,10 @@ class SampledAnswers(SampleCallback):
         self, trainer: Trainer, module: DistillationModule, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Sample as in training, the same draws every time, and ask the teacher of each token."""
-        filler = torch.tensor([tokenizer.eos_token_id or 0], device=module.device)
+        pad = tokenizer.eos_token_id or 0
+        filler = torch.tensor([pad], device=module.device)
         tasks = self.found or [Task(filler, filler)]
-        batch = _padded([torch.cat(task[:2]) for task in tasks], float(filler.item()), "right")
+        batch = padded([torch.cat(task[:2]) for task in tasks], pad, "right")
         first = torch.tensor([len(task.prompt) for task in tasks], device=module.device)[:, None]
         places = torch.arange(batch["input_ids"].shape[1], device=module.device)
         learnt = (places >= first) & batch["attention_mask"].bool()
@@ -122,7 +124,7 @@ class SampledAnswers(SampleCallback):
             unread = torch.tensor([[task.of_teacher is None] for task in tasks], device=module.device)
             batch["turn"] = torch.where(learnt & unread, NO_TURN + 1, NO_TURN)  # one that the teacher does not write
             of_teacher = [torch.tensor(task.of_teacher or [0], device=module.device) for task in tasks]
-            own = {f"teacher_{name}": value for name, value in _padded(of_teacher, 0.0, "right").items()}
+            own = {f"teacher_{name}": value for name, value in padded(of_teacher, 0, "right").items()}
             own["teacher_labels"] = torch.full_like(own["teacher_input_ids"], module.criterion.ignore_index)
             own["teacher_turn"] = torch.full_like(own["teacher_input_ids"], NO_TURN)
             batch |= {**own, "aligned": torch.full_like(batch["input_ids"], NONE)}
@@ -136,13 +138,6 @@ class SampledAnswers(SampleCallback):
         _log(trainer, tokenizer, rollouts.sampler.ends, [tasks[row] for row in answered], answers)
         if strips:
             log_figure(trainer, "rollout_surprise", draw_surprise(strips))
-
-
-def _padded(rows: list[Tensor], pad: float, side: str) -> dict[str, Tensor]:
-    return {
-        "input_ids": pad_sequence(rows, True, pad, side),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, side),
-    }
 
 
 def _log(

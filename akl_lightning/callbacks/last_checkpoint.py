@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.compat import log_step_now
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, check_count
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts.sampler import EngineError
 
@@ -34,8 +34,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UsageError(f"every_n_steps must be 1 or more, got {every_n_steps}.")
+        check_count("every_n_steps", every_n_steps)
         super().__init__(dirpath, save_top_k=0, save_last=True)
         self.every_n_steps = every_n_steps
         self.command: str | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
 from akl_lightning.data.spread import spread
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import check_count
 from akl_lightning.module import DistillationModule
 
 
@@ -42,8 +42,7 @@ class SampleCallback(Callback):
     needs_teacher = True
 
     def __init__(self, answers: int = 4) -> None:
-        if answers < 1:
-            raise UsageError(f"answers must be 1 or more, got {answers}.")
+        check_count("answers", answers)
         self.answers = answers
         self.found: list[Any] = []
         """What was seen in this validation."""

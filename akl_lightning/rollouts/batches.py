@@ -1,7 +1,7 @@
 """Prompts out of a batch, and answers into it: the one place that knows how samples lie in a batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,6 +182,19 @@ def _replaced(
         ]
         new[name] = pad_sequence(parts, True, padding[name])
     return new
+
+
+def padded(rows: Sequence[Tensor], pad: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
+    """Token ids of some texts, ``[tokens]`` each, as a batch of ``input_ids`` and ``attention_mask``.
+
+    >>> padded([torch.tensor([5, 6]), torch.tensor([7])], 0, "left")["input_ids"]
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    return {
+        "input_ids": pad_sequence(list(rows), True, pad, side),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, side),
+    }
 
 
 def rollout_tokens(batch: Batch, response: Response, alpha: float) -> RolloutTokens:

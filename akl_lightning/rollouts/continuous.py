@@ -13,10 +13,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from akl_lightning.checkpoint import random_states, set_random_states
 from akl_lightning.compat import attention_of, put_batching_manager, take_batching_manager
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.decoding import seed_of
+from akl_lightning.evaluation.decoding import Sampling, seed_of
 from akl_lightning.models.generation import plain_decoding
 from akl_lightning.models.layers import text_config
-from akl_lightning.rollouts.engines import Engine, Sampling, Weights
+from akl_lightning.rollouts.engines import Engine, Weights
 
 PAGE = 256
 """Tokens whose keys and values lie in one piece, as kernels for paged attention want it."""

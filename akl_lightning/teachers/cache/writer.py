@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from akl_lightning.batch import Batch, response_of, teacher_side
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, check_count
 from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
@@ -73,9 +73,8 @@ class CacheWriter(LightningModule):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, got {value}.")
+        check_count("top_k", top_k)
+        check_count("shard_tokens", shard_tokens)
         self.codec = find_codec(codec)
         self.path = Path(path).expanduser()
         self.top_k = top_k
@@ -350,8 +349,6 @@ class CacheWriter(LightningModule):
         self._bar.close()
         if self._lock is not None:
             folder.give_back(self.path, self._lock)
-
-    # ----------------------------------------------------------------------------------------------------------------
 
 
 def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
