@@ -145,7 +145,7 @@ def _log(
 ) -> None:
     rows = []
     for task, answer in zip(tasks, answers, strict=True):
-        reference, said = (up_to_end(tokens[None], ends)[0] for tokens in (task.reference, answer))
+        reference, said = (up_to_end(tokens.tolist(), ends) for tokens in (task.reference, answer))
         row = {"prompt": task.prompt.tolist(), "reference": reference, "answer": said}
         texts = tokenizer.batch_decode(list(row.values()), skip_special_tokens=True)
         rows.append({name: text.strip() for name, text in zip(row, texts, strict=True)})

@@ -68,7 +68,6 @@ class AnswerEvaluation(Callback):
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
         key = digest([model, asdict(self.decoding), *column(prompts_of(trainer).splits["test"], "prompt")])[:8]
         self._file = AnswerFile(trainer, "test", str(path).replace("{key}", key), model, self.decoding)
-        self._file.open()
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -159,7 +158,6 @@ class AnswerWriter(LightningModule):
         self.language_model.to(self.device)
         model = weights_digest(self.language_model.model.model)
         self._file = AnswerFile(self.trainer, prompts_of(self.trainer).predict_split, self.path, model, self.decoding)
-        self._file.open()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Answer the prompts of the batch; how many there are."""

@@ -11,6 +11,7 @@ from akl_lightning.batch import Batch, Response
 from akl_lightning.data.aligned import TeacherSide
 from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import up_to_end
 from akl_lightning.models.inputs import CONTENT
 from akl_lightning.tokenizers.alignment import NONE
 
@@ -230,5 +231,5 @@ def up_to_the_end(tokens: Sequence[int], ends: Sequence[int], length: int) -> tu
     (([7, 8, 0], False), ([7, 8], True), ([0], False))
     """
     tokens = list(tokens[:length])
-    last = next((place for place, token in enumerate(tokens) if token in ends), None)
-    return (tokens, True) if last is None else (tokens[: last + 1], False)
+    said = len(up_to_end(tokens, ends))
+    return tokens[: said + 1], said == len(tokens)
