@@ -88,11 +88,10 @@ class SampledAnswers(SampleCallback):
             of_teacher = teacher_prompt(batch, number, NO_TURN) if "teacher_turn" in batch else None
             self.found.append(Task(prompt, prompt[:0], of_teacher))
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, DistillationModule)
         tokenizer = pl_module.find_tokenizer()
         assert tokenizer is not None
         if isinstance(pl_module.rollouts, Rollouts):

@@ -65,11 +65,10 @@ class HeadTailPlot(Callback):
     def _record(self, trainer: Trainer, stage: str, epochs: int) -> None:
         for part in ("head_error", "tail_error"):
             value = trainer.callback_metrics.get(f"{stage}/{part}")
-            points = self.history.setdefault(f"{stage}/{part}", [])
             if value is not None:
-                if points and points[-1][0] == epochs:  # several validations within an epoch
-                    points.pop()
-                points.append((epochs, value.item()))
+                points = dict(self.history.get(f"{stage}/{part}", ()))
+                points[epochs] = value.item()  # in place of an earlier validation within the epoch
+                self.history[f"{stage}/{part}"] = list(points.items())
 
     def _draw(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero or self.path is None:
