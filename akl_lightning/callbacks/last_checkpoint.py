@@ -98,10 +98,9 @@ class LastCheckpoint(ModelCheckpoint):
                 signal.signal(number, request_stop)  # which the Trainer takes back at its end
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write when it is time and the optimizer has stepped."""
-        assert isinstance(pl_module, DistillationModule)
         step = trainer.global_step
         if step != self._last_step:
             self._last_step = step
@@ -117,9 +116,8 @@ class LastCheckpoint(ModelCheckpoint):
             log_step_now(trainer)
             self._write(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write, or let the end of the optimizer step do it."""
-        assert isinstance(pl_module, DistillationModule)
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._due = True
@@ -132,23 +130,20 @@ class LastCheckpoint(ModelCheckpoint):
         """Let the next optimizer step write where no validation has."""
         self._due |= self._last_written != trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write what is not written yet."""
-        assert isinstance(pl_module, DistillationModule)
         # Nobody has told the others of a wish that came after the last step.
         wished = trainer.strategy.reduce_boolean_decision(pl_module.stop_requested, all=False)
         pl_module.stop_agreed |= wished
         if pl_module.stop_agreed or self._last_written != trainer.global_step:
             self._write(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
         """Write where sampling has failed between two optimizer steps, on all ranks: nothing of the run is lost."""
-        assert isinstance(pl_module, DistillationModule)
         if isinstance(exception, EngineError) and not pl_module.in_step and self._last_written != trainer.global_step:
             self._write(trainer, pl_module)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DistillationModule)
+    def _write(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for logger in trainer.loggers:

@@ -41,9 +41,8 @@ class DistillationSummary(ModelSummary):
         if stage == "fit" and not isinstance(pl_module, DistillationModule):
             raise UsageError("DistillationSummary needs a DistillationModule: use ModelSummary for others.")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Print the models."""
-        assert isinstance(pl_module, DistillationModule)
         if trainer.is_global_zero:
             get_console().print(models(pl_module))
 

@@ -1,6 +1,5 @@
 """A model's answers in a JSON Lines file, which a run that was broken off goes on from."""
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -25,6 +24,7 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import ending_together, gather_objects
+from akl_lightning.teachers import fingerprint
 
 Record = dict[str, Any]
 """``instruction`` and ``input``, of a longer conversation ``messages`` and ``tools`` beside the whole of it as
@@ -63,7 +63,7 @@ class AnswerFile:
         }
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
         self._records: dict[tuple[str, int | None], Record] = {}
-        self._seen: dict[int, None] = {}
+        self._seen: set[int] = set()
         found: list[Record] = []
         try:
             with ending_together(trainer), self._explained():
@@ -106,7 +106,7 @@ class AnswerFile:
         samples = data.splits[self.split]
         rows = {index: samples[index] for index in indices if index != FILLER}
         rows = {index: row for index, row in rows.items() if row["prompt_ids"]}  # a document asks nothing
-        self._seen |= dict.fromkeys(rows)
+        self._seen.update(rows)
         for seed in self.decoding.seeds or (None,):
             missing = [row for row in rows.values() if (row["prompt"], seed) not in self._records]
             if not trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
@@ -145,7 +145,7 @@ class AnswerFile:
             For each sample that was seen its answers, one for each seed; the same on every rank.
         """
         samples = prompts_of(self.trainer).splits[self.split]
-        seen = sorted({index for part in gather_objects(self.trainer, list(self._seen)) for index in part})
+        seen = sorted(set().union(*gather_objects(self.trainer, self._seen)))
         # Samples may share a prompt, and differ in what is expected of it.
         groups = [
             [
@@ -326,4 +326,4 @@ def pair_answers(path_a: str, path_b: str) -> tuple[list[AnswerPair], dict[str, 
 
 def digest(content: Any) -> str:
     """What tells a content that JSON can hold from others."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return fingerprint.digest(json.dumps(content).encode())

@@ -15,7 +15,7 @@ from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
-from akl_lightning.data.spread import spread
+from akl_lightning.data.spread import spread_over_validation
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.metrics import TokenMean
@@ -304,15 +304,11 @@ class Rollouts(OffPolicy):
     def look(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
         """Let the student answer its share of the prompts of a validation, and measure its reverse divergence there."""
         trainer = self.module.trainer
-        counts: Any = trainer.num_val_batches
-        count = counts[0] if isinstance(counts, list) else counts
         per_rank = -(-self.settings.validation_samples // trainer.world_size)
-        wanted = spread(batch_idx, per_rank if count == float("inf") else int(count), per_rank)
-        if trainer.sanity_checking or dataloader_idx or not wanted:
-            return
-        with torch.no_grad():
-            output = self.module.distill(self.answered_by_student(batch, wanted))
-        self._rkl.update(rollout_rkl=output.statistics["rkl"])
+        if wanted := spread_over_validation(trainer, batch_idx, dataloader_idx, per_rank):
+            with torch.no_grad():
+                output = self.module.distill(self.answered_by_student(batch, wanted))
+            self._rkl.update(rollout_rkl=output.statistics["rkl"])
 
     def answered_by_student(self, batch: Batch, wanted: int) -> dict[str, Any]:
         """The first samples of a batch with the student's own responses: the same draws whenever it is asked.

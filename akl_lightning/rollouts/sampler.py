@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from akl_lightning.data.facts import facts_of_run
+from akl_lightning.data.facts import facts_of_run, positions_of
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.models.layers import evaluating
@@ -88,11 +88,8 @@ class Sampler:
     @property
     def room(self) -> int | None:
         """Tokens of the longest prompt that leaves room for an answer; None where there is no bound."""
-        positions = [self.module.student.max_positions]
-        if isinstance(self.module.teacher, LiveTeacher):
-            positions.append(self.module.teacher.max_positions)
-        known = [limit for limit in positions if limit]
-        return min(known) - self.settings.decoding.max_new_tokens if known else None
+        positions = positions_of(self.module)
+        return None if positions is None else positions - self.settings.decoding.max_new_tokens
 
     def sample(self, tasks: Sequence[Task], responses_from: str, watch: Watch | None = None) -> list[Answer]:
         """Answer prompts; called on every rank, as each may have a part of the student, and with none, too.

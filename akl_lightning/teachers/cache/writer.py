@@ -29,7 +29,7 @@ from akl_lightning.projection import Projection
 from akl_lightning.teachers.aligned import read_by_teacher
 from akl_lightning.teachers.cache import format as folder
 from akl_lightning.teachers.cache.codecs import find_codec
-from akl_lightning.teachers.cache.reader import shows_progress
+from akl_lightning.teachers.cache.reader import shows_progress, with_progress
 from akl_lightning.teachers.cache.samples import DIGEST, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.splits import Data, EverySplit
 from akl_lightning.teachers.cache.top_k import encode_top_k
@@ -180,7 +180,7 @@ class CacheWriter(LightningModule):
         trainer = self.trainer
         files = sorted(self.path.glob("shard-*.safetensors"))[trainer.global_rank :: trainer.world_size]
         good: list[bytes] = []
-        for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
+        for file in with_progress(trainer, files, "Checking shards", "shard"):
             checksum = folder.file_digest(file)
             if file.name == folder.shard_name(checksum):
                 shard = folder.open_shard(file)
@@ -220,10 +220,9 @@ class CacheWriter(LightningModule):
         """Samples and response tokens that are to be written, over all ranks."""
         ranks = self.trainer.world_size
         totals, seen = torch.zeros(2, dtype=torch.float64), set(self._known)
-        show = shows_progress(self.trainer)
         with isolate_rng():  # a loader draws a seed
             batches = data_of(self.trainer).batches()
-            for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
+            for batch, is_share in with_progress(self.trainer, batches, "Counting tokens", "batch"):
                 positions, digests = self._look_at(batch)
                 counts = tokens_per_sample(batch, positions)
                 for row in _unknown(digests, counts, seen):
