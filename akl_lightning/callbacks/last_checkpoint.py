@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from akl_lightning.callbacks.checks import require_distillation
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.compat import log_step_now
 from akl_lightning.errors import UsageError, check_count
@@ -70,8 +71,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module says when a step is whole."""
-        if not isinstance(pl_module, DistillationModule):
-            raise UsageError("LastCheckpoint needs a DistillationModule: use ModelCheckpoint for others.")
+        require_distillation(self, pl_module, "use ModelCheckpoint for others")
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
