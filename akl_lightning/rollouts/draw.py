@@ -116,21 +116,16 @@ class Rollouts(OffPolicy):
         if (trainer := trainer_of(self.module)) is None or not trainer.training:
             return batch
         arrived = time.perf_counter()
-        begun, step, sampled = self._now(), trainer.global_step, 0
+        begun, step, epoch, sampled = self._now(), trainer.global_step, self.module.current_epoch, 0
         tasks = self._chosen(samples_of(batch, self.module.criterion.ignore_index), step)
-        loader = self._own_loader()
-        if loader is None:
-            found = dict(zip(tasks, self._sample(list(tasks.values())), strict=True))
-            sampled = sum(len(answer.tokens) for answer in found.values())
-        else:
-            epoch, ahead = self.module.current_epoch, self._ahead
-            if step >= ahead.until or epoch != ahead.epoch:
-                coming, until = self._coming(loader, step)
-                answers = self._sample(coming)
-                sampled = sum(len(answer.tokens) for answer in answers)
-                by_task = {(int(task.step), task.sample): answer for task, answer in zip(coming, answers, strict=True)}
-                self._ahead = Ahead(epoch, until, by_task)
-            found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
+        if step >= self._ahead.until or epoch != self._ahead.epoch:
+            loader = self._own_loader()
+            coming, until = (list(tasks.values()), step) if loader is None else self._coming(loader, step)
+            answers = self._sample(coming)
+            sampled = sum(len(answer.tokens) for answer in answers)
+            by_task = {(int(task.step), task.sample): answer for task, answer in zip(coming, answers, strict=True)}
+            self._ahead = Ahead(epoch, until, by_task)
+        found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
         self._clock = Clock(arrived, self._now() - begun, sampled)
         return self._answered(batch, found, watch=True)
 

@@ -9,6 +9,7 @@ import torch
 from akl_lightning.data.facts import facts_of_run, positions_of
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
+from akl_lightning.models.generation import ending
 from akl_lightning.models.layers import evaluating
 from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import gather_objects
@@ -81,9 +82,7 @@ class Sampler:
     @property
     def pad(self) -> int:
         """The padding token."""
-        tokenizer = self.module.find_tokenizer()
-        pad = None if tokenizer is None else tokenizer.pad_token_id
-        return self.ends[0] if pad is None else pad
+        return int(ending(self.ends, self.module.find_tokenizer())["pad_token_id"])
 
     @property
     def room(self) -> int | None:
