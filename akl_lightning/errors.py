@@ -8,6 +8,12 @@ class UsageError(ValueError):
     """
 
 
+def check_count(name: str, value: int | None, least: int = 1) -> None:
+    """Raise :class:`UsageError` unless a number that is given is at least so large."""
+    if value is not None and value < least:
+        raise UsageError(f"{name} must be {least} or more, got {value}.")
+
+
 def first_line(error: BaseException) -> str:
     r"""What an error of a library says first, without a full stop, to stand in a sentence.
 

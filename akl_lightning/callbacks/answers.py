@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.batch import Batch
 from akl_lightning.callbacks.loggers import log_figure, log_texts
 from akl_lightning.callbacks.samples import SampleCallback, read_until, response_rows
 from akl_lightning.callbacks.surprise import draw_surprise, surprises
@@ -19,6 +19,7 @@ from akl_lightning.errors import UsageError
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts.aligned import teacher_prompt
+from akl_lightning.rollouts.batches import padded
 from akl_lightning.rollouts.draw import Rollouts
 from akl_lightning.teachers.aligned import AlignedTeacher
 from akl_lightning.tokenizers.alignment import NONE
@@ -29,8 +30,8 @@ class Task(NamedTuple):
 
     prompt: Tensor
     reference: Tensor
-    of_teacher: list[int] | None = None
-    """The prompt as a teacher with another tokenizer reads it; None where it does not write the turn."""
+    of_teacher: list[int]
+    """The prompt as a teacher with another tokenizer reads it; nothing where it does not write the turn."""
 
 
 class SampledAnswers(SampleCallback):
@@ -71,28 +72,25 @@ class SampledAnswers(SampleCallback):
         """Keep the prompts; on-policy those that have a response first, then prompts alone."""
         rows = response_rows(module, batch)
         for row in rows[:wanted]:
-            of_teacher = None
+            turn = NO_TURN
             if "turn" in batch:
                 turns = batch["turn"][row.number, row.positions + 1]
-                last = turns == turns.max()
+                turn = int(turns.max())
+                last = turns == turn
                 row = row._replace(positions=row.positions[last], labels=row.labels[last])
-                if "teacher_turn" in batch:
-                    of_teacher = teacher_prompt(batch, row.number, int(turns.max()))
-            self.found.append(Task(read_until(batch, row), row.labels, of_teacher))
+            self.found.append(Task(read_until(batch, row), row.labels, _of_teacher(batch, row.number, turn)))
         if not module.rollouts.on:
             return
         samples, answered = batch["index"].tolist() if "index" in batch else [], {row.number for row in rows}
         alone = [n for n in range(len(batch["labels"])) if n not in answered and FILLER not in samples[n : n + 1]]
         for number in alone[: max(0, wanted - len(rows))]:
             prompt = batch["input_ids"][number][batch["attention_mask"][number].bool()]
-            of_teacher = teacher_prompt(batch, number, NO_TURN) if "teacher_turn" in batch else None
-            self.found.append(Task(prompt, prompt[:0], of_teacher))
+            self.found.append(Task(prompt, prompt[:0], _of_teacher(batch, number, NO_TURN)))
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Generate, on every rank, as each may have a part of the student; what rank 0 has is logged."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, DistillationModule)
         tokenizer = pl_module.find_tokenizer()
         assert tokenizer is not None
         if isinstance(pl_module.rollouts, Rollouts):
@@ -101,8 +99,9 @@ class SampledAnswers(SampleCallback):
         limit = pl_module.student.max_positions
         room = None if limit is None else limit - pl_module.max_new_tokens
         tasks = [task for task in self.found if room is None or len(task.prompt) <= room]
-        filler = torch.tensor([tokenizer.eos_token_id or 0], device=pl_module.device)
-        batch = _padded([task.prompt for task in tasks] or [filler], float(filler.item()), "left")
+        pad = tokenizer.eos_token_id or 0
+        filler = torch.tensor([pad], device=pl_module.device)
+        batch = padded([task.prompt for task in tasks] or [filler], pad, "left")
         answers = pl_module.predict_step(batch, 0)
         ends = pl_module.student.stop_tokens(tokenizer, facts_of_run(trainer).end_tokens)
         _log(trainer, tokenizer, ends, tasks, list(answers[: len(tasks)]))
@@ -111,18 +110,15 @@ class SampledAnswers(SampleCallback):
         self, trainer: Trainer, module: DistillationModule, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         """Sample as in training, the same draws every time, and ask the teacher of each token."""
-        filler = torch.tensor([tokenizer.eos_token_id or 0], device=module.device)
-        tasks = self.found or [Task(filler, filler)]
-        batch = _padded([torch.cat(task[:2]) for task in tasks], float(filler.item()), "right")
-        first = torch.tensor([len(task.prompt) for task in tasks], device=module.device)[:, None]
-        places = torch.arange(batch["input_ids"].shape[1], device=module.device)
-        learnt = (places >= first) & batch["attention_mask"].bool()
-        batch["labels"] = batch["input_ids"].masked_fill(~learnt, module.criterion.ignore_index)
+        pad = tokenizer.eos_token_id or 0
+        filler = torch.tensor([pad], device=module.device)
+        tasks = self.found or [Task(filler, filler, [])]
+        batch = padded([task.prompt for task in tasks], pad, "right")
+        batch["labels"] = torch.full_like(batch["input_ids"], module.criterion.ignore_index)
         if isinstance(module.teacher, AlignedTeacher):
-            unread = torch.tensor([[task.of_teacher is None] for task in tasks], device=module.device)
-            batch["turn"] = torch.where(learnt & unread, NO_TURN + 1, NO_TURN)  # one that the teacher does not write
             of_teacher = [torch.tensor(task.of_teacher or [0], device=module.device) for task in tasks]
-            own = {f"teacher_{name}": value for name, value in _padded(of_teacher, 0.0, "right").items()}
+            own = {f"teacher_{name}": value for name, value in padded(of_teacher, 0, "right").items()}
+            own["teacher_attention_mask"] *= torch.tensor([[bool(t.of_teacher)] for t in tasks], device=module.device)
             own["teacher_labels"] = torch.full_like(own["teacher_input_ids"], module.criterion.ignore_index)
             own["teacher_turn"] = torch.full_like(own["teacher_input_ids"], NO_TURN)
             batch |= {**own, "aligned": torch.full_like(batch["input_ids"], NONE)}
@@ -138,11 +134,8 @@ class SampledAnswers(SampleCallback):
             log_figure(trainer, "rollout_surprise", draw_surprise(strips))
 
 
-def _padded(rows: list[Tensor], pad: float, side: str) -> dict[str, Tensor]:
-    return {
-        "input_ids": pad_sequence(rows, True, pad, side),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, side),
-    }
+def _of_teacher(batch: Batch, row: int, turn: int) -> list[int]:
+    return (teacher_prompt(batch, row, turn) or []) if "teacher_turn" in batch else []
 
 
 def _log(
@@ -150,7 +143,7 @@ def _log(
 ) -> None:
     rows = []
     for task, answer in zip(tasks, answers, strict=True):
-        reference, said = (up_to_end(tokens[None], ends)[0] for tokens in (task.reference, answer))
+        reference, said = (up_to_end(tokens.tolist(), ends) for tokens in (task.reference, answer))
         row = {"prompt": task.prompt.tolist(), "reference": reference, "answer": said}
         texts = tokenizer.batch_decode(list(row.values()), skip_special_tokens=True)
         rows.append({name: text.strip() for name, text in zip(row, texts, strict=True)})

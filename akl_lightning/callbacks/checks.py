@@ -6,6 +6,12 @@ from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
 
+def require_distillation(callback: Callback, module: LightningModule, instead: str) -> None:
+    """Raise :class:`UsageError` unless the module is one of this package's."""
+    if not isinstance(module, DistillationModule):
+        raise UsageError(f"{type(callback).__name__} needs a DistillationModule: {instead}.")
+
+
 def require_teacher(callback: Callback, module: LightningModule) -> None:
     """Raise :class:`UsageError` unless the module has a teacher."""
     if not isinstance(module, DistillationModule) or module.teacher is None:

@@ -14,7 +14,7 @@ from akl_lightning.batch import KEYS, OF_TEACHER
 from akl_lightning.callbacks.figures import HEAD, blank_figure, drawable, in_own_style, ink, shorten, word
 from akl_lightning.callbacks.loggers import log_figure
 from akl_lightning.callbacks.samples import Row, SampleCallback, read_until, response_rows
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import check_count
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.aligned import AlignedTeacher
 
@@ -35,8 +35,7 @@ class DistributionPlot(SampleCallback):
     """
 
     def __init__(self, position: int = 1) -> None:
-        if position < 0:
-            raise UsageError(f"position must be 0 or more, got {position}.")
+        check_count("position", position, least=0)
         super().__init__(answers=1)
         self.position = position
 

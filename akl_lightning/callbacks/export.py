@@ -133,9 +133,8 @@ class StudentExport(Callback):
                 name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")
             }
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write the folders."""
-        assert isinstance(pl_module, DistillationModule)
         # On every rank: where the student is sharded, each has a part of it.
         weights = trainer.strategy.lightning_module_state_dict()
         with ending_together(trainer):

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from akl_lightning.callbacks.checks import require_teacher
 from akl_lightning.callbacks.figures import HEAD, TAIL, blank_figure, in_own_style, ink
 from akl_lightning.callbacks.loggers import log_figure
-from akl_lightning.checkpoint import check_writable, claim_file, free_path
+from akl_lightning.checkpoint import check_writable, claim_file
 
 
 class HeadTailPlot(Callback):
@@ -30,19 +30,19 @@ class HeadTailPlot(Callback):
         self.dirpath = dirpath
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.path: Path | None = None
-        self._claimed = False
+        """The picture, from the first one on."""
+        self._folder = Path()
 
     def look(self, root: Path, goes_on: bool) -> None:
         """Raise :class:`UsageError` unless the folder can be written to; as of ``StudentExport``."""
         check_writable(Path(self.dirpath or root))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a teacher to differ from, and choose a file."""
+        """Check that there is a teacher to differ from, and a folder to draw it in."""
         if stage == "fit":
             require_teacher(self, pl_module)
-            folder = Path(self.dirpath or trainer.default_root_dir)
-            check_writable(folder)
-            self.path = self.path or free_path(folder / "head_tail_error.png")
+            self._folder = Path(self.dirpath or trainer.default_root_dir)
+            check_writable(self._folder)
 
     # At once, so that a checkpoint written at the end of a validation has it.
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,30 +65,29 @@ class HeadTailPlot(Callback):
     def _record(self, trainer: Trainer, stage: str, epochs: int) -> None:
         for part in ("head_error", "tail_error"):
             value = trainer.callback_metrics.get(f"{stage}/{part}")
-            points = self.history.setdefault(f"{stage}/{part}", [])
             if value is not None:
-                if points and points[-1][0] == epochs:  # several validations within an epoch
-                    points.pop()
-                points.append((epochs, value.item()))
+                points = dict(self.history.get(f"{stage}/{part}", ()))
+                points[epochs] = value.item()  # in place of an earlier validation within the epoch
+                self.history[f"{stage}/{part}"] = list(points.items())
 
     def _draw(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero or self.path is None:
+        if not trainer.is_global_zero:
             return
-        if not self._claimed:  # not in setup, so that a run that fails leaves nothing
-            self.path, self._claimed = claim_file(self.path), True
+        if self.path is None:  # not in setup, so that a run that fails leaves nothing
+            self.path = claim_file(self._folder / "head_tail_error.png")
         figure = draw_head_tail(self.history)
         figure.savefig(self.path)
         log_figure(trainer, "head_tail_error", figure)
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far and their file, so that a resumed run goes on with them."""
-        return {"history": self.history, "name": self.path.name if self.path and self._claimed else None}
+        return {"history": self.history, "name": self.path.name if self.path else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the run that is resumed."""
         self.history = {name: [tuple(point) for point in points] for name, points in state_dict["history"].items()}
-        if self.path and state_dict["name"]:
-            self.path, self._claimed = self.path.with_name(state_dict["name"]), True
+        if state_dict["name"]:
+            self.path = self._folder / state_dict["name"]
 
 
 @in_own_style

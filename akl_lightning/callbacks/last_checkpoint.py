@@ -12,9 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from akl_lightning.callbacks.checks import require_distillation
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.compat import log_step_now
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, check_count
 from akl_lightning.module import DistillationModule
 from akl_lightning.rollouts.sampler import EngineError
 
@@ -34,8 +35,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UsageError(f"every_n_steps must be 1 or more, got {every_n_steps}.")
+        check_count("every_n_steps", every_n_steps)
         super().__init__(dirpath, save_top_k=0, save_last=True)
         self.every_n_steps = every_n_steps
         self.command: str | None = None
@@ -71,8 +71,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module says when a step is whole."""
-        if not isinstance(pl_module, DistillationModule):
-            raise UsageError("LastCheckpoint needs a DistillationModule: use ModelCheckpoint for others.")
+        require_distillation(self, pl_module, "use ModelCheckpoint for others")
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,10 +98,9 @@ class LastCheckpoint(ModelCheckpoint):
                 signal.signal(number, request_stop)  # which the Trainer takes back at its end
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write when it is time and the optimizer has stepped."""
-        assert isinstance(pl_module, DistillationModule)
         step = trainer.global_step
         if step != self._last_step:
             self._last_step = step
@@ -118,9 +116,8 @@ class LastCheckpoint(ModelCheckpoint):
             log_step_now(trainer)
             self._write(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write, or let the end of the optimizer step do it."""
-        assert isinstance(pl_module, DistillationModule)
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._due = True
@@ -133,23 +130,20 @@ class LastCheckpoint(ModelCheckpoint):
         """Let the next optimizer step write where no validation has."""
         self._due |= self._last_written != trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write what is not written yet."""
-        assert isinstance(pl_module, DistillationModule)
         # Nobody has told the others of a wish that came after the last step.
         wished = trainer.strategy.reduce_boolean_decision(pl_module.stop_requested, all=False)
         pl_module.stop_agreed |= wished
         if pl_module.stop_agreed or self._last_written != trainer.global_step:
             self._write(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
         """Write where sampling has failed between two optimizer steps, on all ranks: nothing of the run is lost."""
-        assert isinstance(pl_module, DistillationModule)
         if isinstance(exception, EngineError) and not pl_module.in_step and self._last_written != trainer.global_step:
             self._write(trainer, pl_module)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DistillationModule)
+    def _write(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for logger in trainer.loggers:

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from akl_lightning.checkpoint import free_path
 
 
+@rank_zero_only
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
     """Log a figure, on rank 0; a :class:`CSVLogger` gets ``name/step-….png`` beside its metrics.
 
@@ -24,8 +26,6 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
         name: tag of the figure.
         figure: what is logged.
     """
-    if not trainer.is_global_zero:
-        return
     step = trainer.global_step
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -41,6 +41,7 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
             figure.savefig(path)
 
 
+@rank_zero_only
 def log_texts(trainer: Trainer, name: str, rows: Sequence[Mapping[str, str]]) -> None:
     """Log texts, on rank 0; a :class:`CSVLogger` gets a line for each row in ``name.jsonl`` beside its metrics.
 
@@ -49,7 +50,7 @@ def log_texts(trainer: Trainer, name: str, rows: Sequence[Mapping[str, str]]) ->
         name: tag of the texts.
         rows: texts by heading, the same headings in every row.
     """
-    if not trainer.is_global_zero or not rows:
+    if not rows:
         return
     step = trainer.global_step
     for logger in trainer.loggers:
@@ -65,6 +66,7 @@ def log_texts(trainer: Trainer, name: str, rows: Sequence[Mapping[str, str]]) ->
                 file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
 
+@rank_zero_only
 def log_histogram(trainer: Trainer, name: str, counts: np.ndarray, mean: float, step: int) -> None:
     """Log a histogram of values between 0 and 1, on rank 0; as shares of the bins where a logger has none.
 
@@ -75,8 +77,6 @@ def log_histogram(trainer: Trainer, name: str, counts: np.ndarray, mean: float, 
         mean: of the values.
         step: at which it is logged.
     """
-    if not trainer.is_global_zero:
-        return
     edges, total = np.linspace(0, 1, len(counts) + 1), counts.sum()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -9,9 +9,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn, ProcessingSpeedColumn
 from torch import Tensor
 
+from akl_lightning.callbacks.checks import require_distillation
 from akl_lightning.compat import counts_epochs_without_end
-from akl_lightning.errors import UsageError
-from akl_lightning.module import DistillationModule
 
 _LOOK_EVERY_SECONDS = 0.5
 
@@ -36,8 +35,8 @@ class DistillationProgressBar(RichProgressBar):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module gives the numbers."""
-        if stage == "fit" and not isinstance(pl_module, DistillationModule):
-            raise UsageError("DistillationProgressBar needs a DistillationModule: use RichProgressBar for others.")
+        if stage == "fit":
+            require_distillation(self, pl_module, "use RichProgressBar for others")
         super().setup(trainer, pl_module, stage)
         self._shown = {}
 

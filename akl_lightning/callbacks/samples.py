@@ -1,6 +1,5 @@
 """What looks at validation samples: at the same ones after every epoch, spread over the split."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from akl_lightning.callbacks.checks import require_logger, require_teacher, require_tokenizer
-from akl_lightning.data.spread import spread
-from akl_lightning.errors import UsageError
+from akl_lightning.data.spread import spread_over_validation
+from akl_lightning.errors import check_count
 from akl_lightning.module import DistillationModule
 
 
@@ -42,8 +41,7 @@ class SampleCallback(Callback):
     needs_teacher = True
 
     def __init__(self, answers: int = 4) -> None:
-        if answers < 1:
-            raise UsageError(f"answers must be 1 or more, got {answers}.")
+        check_count("answers", answers)
         self.answers = answers
         self.found: list[Any] = []
         """What was seen in this validation."""
@@ -63,21 +61,15 @@ class SampleCallback(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: DistillationModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Look at this batch's share of the samples, on every rank alike; at none in a sanity check."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or dataloader_idx:
-            return
-        batches: Any = trainer.num_val_batches
-        count = batches[0] if isinstance(batches, list) else batches
-        # The split may be sorted by length.
-        wanted = spread(batch_idx, self.answers if math.isinf(count) else int(count), self.answers)
-        if wanted:
-            assert isinstance(pl_module, DistillationModule)
+        wanted = spread_over_validation(trainer, batch_idx, dataloader_idx, self.answers)
+        if wanted and trainer.state.fn == "fit":
             self.look_at(trainer, pl_module, outputs, batch, wanted)
 
     def look_at(self, trainer: Trainer, module: DistillationModule, outputs: Any, batch: Any, wanted: int) -> None:

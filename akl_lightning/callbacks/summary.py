@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from rich import get_console
 from rich.box import SIMPLE
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from akl_lightning.callbacks.checks import require_distillation
 from akl_lightning.criterion import STATISTICS
-from akl_lightning.errors import UsageError
 from akl_lightning.module import DistillationModule
 
 Figure = TypeVar("Figure")
@@ -38,12 +38,11 @@ class DistillationSummary(ModelSummary):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a student."""
-        if stage == "fit" and not isinstance(pl_module, DistillationModule):
-            raise UsageError("DistillationSummary needs a DistillationModule: use ModelSummary for others.")
+        if stage == "fit":
+            require_distillation(self, pl_module, "use ModelSummary for others")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Print the models."""
-        assert isinstance(pl_module, DistillationModule)
         if trainer.is_global_zero:
             get_console().print(models(pl_module))
 
@@ -72,11 +71,8 @@ def compression_ratio(module: DistillationModule) -> float | None:
 
 def models(module: DistillationModule) -> Group:
     """Teacher and student, their parameters, and how many of them are trained."""
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("")
-    table.add_column("model", overflow="fold")
-    table.add_column("parameters", justify="right")
-    table.add_column("trainable", justify="right")
+    columns = Column(""), Column("model", overflow="fold"), _numbers("parameters"), _numbers("trainable")
+    table = Table(*columns, box=SIMPLE, pad_edge=False)
     if module.teacher is not None:
         count = module.teacher.num_parameters
         table.add_row(
@@ -99,16 +95,18 @@ def results(trainer: Trainer, seconds: float) -> Group:
         stage, _, figure = name.partition("/")
         if stage in ("train", "val") and figure and not figure.endswith("_step"):
             means.setdefault(figure, {})[stage] = value.item()
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("per response token")
-    table.add_column("training", justify="right")
-    table.add_column("validation", justify="right")
+    columns = Column("per response token"), _numbers("training"), _numbers("validation")
+    table = Table(*columns, box=SIMPLE, pad_edge=False)
     for figure, of in in_order(means).items():
         cells = [f"{of[stage]:.4f}" if not math.isnan(of.get(stage, math.nan)) else "-" for stage in ("train", "val")]
         table.add_row(figure.replace("_", " "), *cells)
     took = timedelta(seconds=round(seconds))
     title = f"Trained {trainer.current_epoch} epochs, {trainer.global_step:,} optimizer steps, in {took}"
     return Group(Text(title, style="bold"), table)  # not in markup, which is turned off for the paths below
+
+
+def _numbers(heading: str) -> Column:
+    return Column(heading, justify="right")
 
 
 def in_order(figures: Mapping[str, Figure]) -> dict[str, Figure]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from akl_lightning.callbacks.checks import require_logger, require_teacher
 from akl_lightning.callbacks.loggers import log_histogram
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import check_count
 
 _BINS = 20
 
@@ -29,8 +29,7 @@ class AdaptiveWeightMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise UsageError(f"every_n_steps must be 1 or more, got {every_n_steps}.")
+        check_count("every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
         self._weights: list[Tensor] = []
         self._last_step = 0

@@ -1,6 +1,5 @@
 """A model's answers in a JSON Lines file, which a run that was broken off goes on from."""
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -9,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,6 +24,7 @@ from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.models.generation import up_to_end
 from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import ending_together, gather_objects
+from akl_lightning.teachers import fingerprint
 
 Record = dict[str, Any]
 """``instruction`` and ``input``, of a longer conversation ``messages`` and ``tools`` beside the whole of it as
@@ -35,7 +34,7 @@ for greedy), ``top_p``."""
 
 
 class AnswerFile:
-    """The answers of one model to the prompts of a split.
+    """The answers of one model to the prompts of a split, with what is there already. Made on every rank.
 
     While a run is on, rank 0 appends those of every rank to a file beside ``path`` (``.part0``), which is put in order
     in the end.
@@ -46,6 +45,9 @@ class AnswerFile:
         path: the file.
         model: what tells the model from others, a digest of its weights.
         decoding: how its answers are decoded.
+
+    Raises:
+        UsageError: the file cannot be read or written, is being written, or holds answers of other settings.
     """
 
     def __init__(self, trainer: Trainer, split: str, path: str | Path, model: str, decoding: Decoding) -> None:
@@ -61,27 +63,21 @@ class AnswerFile:
         }
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
         self._records: dict[tuple[str, int | None], Record] = {}
-        self._seen: dict[int, None] = {}
-
-    def open(self) -> None:
-        """Read what is there already. Called on every rank.
-
-        Raises:
-            UsageError: the file cannot be read or written, is being written, or holds answers of other settings.
-        """
+        self._seen: set[int] = set()
         found: list[Record] = []
         try:
-            with ending_together(self.trainer), self._explained():
-                if self.trainer.is_global_zero:
+            with ending_together(trainer), self._explained():
+                if trainer.is_global_zero:
                     found = self._look()
                     self._part = self.path.with_name(f"{self.path.name}.part0").open("a", encoding="utf-8")
                     self._part.write("\n")  # after a line that a kill has cut off
         except BaseException:
             self._lock.release()
             raise
-        self._keep(gather_objects(self.trainer, found)[0])
+        self._keep(gather_objects(trainer, found)[0])
 
     def _look(self) -> list[Record]:
+        """What is there already."""
         check_writable(self.path.parent)
         try:
             self._lock.acquire()
@@ -110,7 +106,7 @@ class AnswerFile:
         samples = data.splits[self.split]
         rows = {index: samples[index] for index in indices if index != FILLER}
         rows = {index: row for index, row in rows.items() if row["prompt_ids"]}  # a document asks nothing
-        self._seen |= dict.fromkeys(rows)
+        self._seen.update(rows)
         for seed in self.decoding.seeds or (None,):
             missing = [row for row in rows.values() if (row["prompt"], seed) not in self._records]
             if not trainer.strategy.reduce_boolean_decision(bool(missing), all=False):
@@ -119,20 +115,20 @@ class AnswerFile:
             asked = missing or [next(row for row in samples if row["prompt_ids"])]
             batch = data.collate_prompts([{"index": FILLER, **row} for row in asked])
             batch = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
-            tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed))
-            texts = data.tokenizer.batch_decode(up_to_end(tokens, ends), skip_special_tokens=True)
-            ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).any(-1).tolist()
+            tokens = generate(batch, **self.decoding.arguments([row["prompt"] for row in asked], seed)).tolist()
+            said = [up_to_end(row, ends) for row in tokens]
+            texts = data.tokenizer.batch_decode(said, skip_special_tokens=True)
             answered = [
                 {
                     **question(row),
                     "prompt": row["prompt"],
                     "references": references(row),
                     "answer": text.strip(),
-                    "cut": not end,
+                    "cut": own == whole,
                     "seed": seed,
                     **self.settings,
                 }
-                for row, text, end in zip(missing, texts, ended, strict=False)
+                for row, text, own, whole in zip(missing, texts, said, tokens, strict=False)
             ]
             records = [record for part in gather_objects(trainer, answered) for record in part]
             self._keep(records)
@@ -149,7 +145,7 @@ class AnswerFile:
             For each sample that was seen its answers, one for each seed; the same on every rank.
         """
         samples = prompts_of(self.trainer).splits[self.split]
-        seen = sorted({index for part in gather_objects(self.trainer, list(self._seen)) for index in part})
+        seen = sorted(set().union(*gather_objects(self.trainer, self._seen)))
         # Samples may share a prompt, and differ in what is expected of it.
         groups = [
             [
@@ -330,4 +326,4 @@ def pair_answers(path_a: str, path_b: str) -> tuple[list[AnswerPair], dict[str, 
 
 def digest(content: Any) -> str:
     """What tells a content that JSON can hold from others."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return fingerprint.digest(json.dumps(content).encode())

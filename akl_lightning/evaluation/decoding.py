@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, check_count
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,9 @@ class Decoding:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"decoding.max_new_tokens must be 1 or more, got {self.max_new_tokens}.")
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"decoding.seeds must differ, got {list(self.seeds)}.")
-        if not self.temperature > 0:
-            raise UsageError(f"decoding.temperature must be above 0, got {self.temperature}; give no seeds for greedy.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"decoding.top_p must be above 0 and at most 1, got {self.top_p}.")
+        check_drawn("decoding", self, greedy="; give no seeds for greedy")
 
     def arguments(self, prompts: Sequence[str], seed: int | None) -> dict[str, Any]:
         """What ``transformers``' ``generate`` is called with.
@@ -51,15 +46,45 @@ class Decoding:
         arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         if seed is not None:
             seeds = [seed_of(seed, prompt) for prompt in prompts]
-            arguments["logits_processor"] = draw(seeds, self.max_new_tokens, self.temperature, self.top_p)
+            arguments["logits_processor"] = draw(seeds, self)
         return arguments
 
 
-def draw(seeds: Sequence[int], length: int, temperature: float, top_p: float) -> LogitsProcessorList:
+@dataclass(frozen=True)
+class Sampling:
+    """How rollouts are sampled.
+
+    Args:
+        max_new_tokens: length of a rollout at most, its end token included.
+        temperature: of the draw.
+        top_p: the smallest set of likeliest tokens with this mass is drawn from; 1 for all.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_drawn("on_policy.decoding", self)
+
+
+def check_drawn(name: str, drawn: Decoding | Sampling, greedy: str = "") -> None:
+    """Raise :class:`UsageError` for a value out of its range; ``greedy`` says what to do for the likeliest tokens."""
+    check_count(f"{name}.max_new_tokens", drawn.max_new_tokens)
+    if not drawn.temperature > 0:
+        raise UsageError(f"{name}.temperature must be above 0, got {drawn.temperature}{greedy}.")
+    if not 0 < drawn.top_p <= 1:
+        raise UsageError(f"{name}.top_p must be above 0 and at most 1, got {drawn.top_p}.")
+
+
+def draw(seeds: Sequence[int], drawn: Decoding | Sampling) -> LogitsProcessorList:
     """What leaves one token in each row, drawn by the row's own seed."""
-    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
-    steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    return LogitsProcessorList([*steps, SeededDraw(seeds, length)])
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(drawn.temperature)] if drawn.temperature != 1 else []
+    steps += [TopPLogitsWarper(drawn.top_p)] if drawn.top_p < 1 else []
+    return LogitsProcessorList([*steps, SeededDraw(seeds, drawn.max_new_tokens)])
 
 
 class SeededDraw(LogitsProcessor):

@@ -61,20 +61,17 @@ class AnswerEvaluation(Callback):
         data, positions = prompts_of(trainer), pl_module.student.max_positions
         data.check_answers_fit("test", "decoding.max_new_tokens", self.decoding.max_new_tokens, positions)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Look for answers that are there already."""
-        assert isinstance(pl_module, DistillationModule)
         model = weights_digest(pl_module.student.model)
         path = Path(trainer.default_root_dir) / "answers-{key}.jsonl" if self.path is None else self.path
         key = digest([model, asdict(self.decoding), *column(prompts_of(trainer).splits["test"], "prompt")])[:8]
         self._file = AnswerFile(trainer, "test", str(path).replace("{key}", key), model, self.decoding)
-        self._file.open()
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Answer the prompts of the batch."""
-        assert isinstance(pl_module, DistillationModule)
         self._file.answer(batch["index"].tolist(), pl_module.student, pl_module.generate)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,7 +156,6 @@ class AnswerWriter(LightningModule):
         self.language_model.to(self.device)
         model = weights_digest(self.language_model.model.model)
         self._file = AnswerFile(self.trainer, prompts_of(self.trainer).predict_split, self.path, model, self.decoding)
-        self._file.open()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
         """Answer the prompts of the batch; how many there are."""

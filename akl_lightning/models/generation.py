@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import transformers
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
@@ -39,19 +39,17 @@ def ending(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> di
     return {"eos_token_id": eos, "pad_token_id": ends[0] if pad is None else pad}
 
 
-def up_to_end(tokens: Tensor, ends: Sequence[int]) -> list[list[int]]:
-    """Each answer without the token that ends it, which a tokenizer need not know to be special, and what is behind.
+def up_to_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """An answer without the token that ends it, which a tokenizer need not know to be special, and what is behind.
 
     Args:
-        tokens: answers ``[batch, new_tokens]``.
+        tokens: of the answer; where none of them ends it, it was cut off, and all of it is given.
         ends: the :func:`stop_tokens`.
 
-    >>> from torch import tensor
-    >>> up_to_end(tensor([[5, 2, 0], [7, 8, 9]]), [1, 2])
-    [[5], [7, 8, 9]]
+    >>> up_to_end([5, 2, 0], [1, 2]), up_to_end([7, 8, 9], [1, 2])
+    ([5], [7, 8, 9])
     """
-    rows = tokens.tolist()
-    return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in rows]
+    return list(takewhile(lambda token: token not in ends, tokens))
 
 
 @contextmanager

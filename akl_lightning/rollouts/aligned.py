@@ -40,7 +40,7 @@ def sides_of(batch: Batch, answers: Mapping[int, Answer], pairing: Pairing) -> d
 
 
 def teacher_prompt(batch: Batch, row: int, turn: int) -> list[int] | None:
-    """The teacher's tokens of what a turn of a sample answers, or None where it does not write that turn.
+    """The teacher's tokens of what a turn of a sample answers, or None where it writes no such turn, or nothing at all.
 
     Args:
         batch: as for :func:`sides_of`.
@@ -50,6 +50,6 @@ def teacher_prompt(batch: Batch, row: int, turn: int) -> list[int] | None:
     real = batch["teacher_attention_mask"][row].bool()
     tokens: list[int] = batch["teacher_input_ids"][row][real].tolist()
     if turn < 0:
-        return tokens
+        return tokens or None
     places = (batch["teacher_turn"][row][real] == turn).nonzero().flatten().tolist()
     return tokens[: places[0]] if places else None

@@ -1,7 +1,7 @@
 """Prompts out of a batch, and answers into it: the one place that knows how samples lie in a batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from akl_lightning.batch import Batch, Response
 from akl_lightning.data.aligned import TeacherSide
-from akl_lightning.data.collate import IGNORE_INDEX
+from akl_lightning.data.collate import IGNORE_INDEX, NO_TURN
 from akl_lightning.errors import UsageError
+from akl_lightning.models.generation import up_to_end
 from akl_lightning.models.inputs import CONTENT
 from akl_lightning.tokenizers.alignment import NONE
 
@@ -42,7 +43,7 @@ class Answer(NamedTuple):
     own: bool
     """Whether the student itself has sampled it."""
 
-    turn: int = -1
+    turn: int = NO_TURN
     """The number of the assistant turn."""
 
 
@@ -91,7 +92,7 @@ def samples_of(batch: Batch, ignore_index: int) -> list[Sample]:
         raise UsageError(f"the batch has {odd}, which a rollout cannot be given: set on_policy.share to 0.")
     ids, mask, labels = (batch[key].cpu() for key in ("input_ids", "attention_mask", "labels"))
     learnt = (labels != ignore_index) & mask.bool()
-    turns = batch["turn"].cpu() if "turn" in batch else torch.full_like(labels, -1)
+    turns = batch["turn"].cpu() if "turn" in batch else torch.full_like(labels, NO_TURN)
     numbers = batch["index"].tolist() if "index" in batch else [None] * len(ids)
     samples = []
     for row, number in enumerate(numbers):
@@ -135,53 +136,60 @@ def answered(
     """
     if not answers:
         return dict(batch)
+    padding = {"input_ids": pad, "attention_mask": 0, "labels": ignore_index, "turn": NO_TURN}
+    if sides:
+        padding |= {"aligned": NONE, "teacher_input_ids": 0, "teacher_attention_mask": 0}
+        padding |= {"teacher_labels": IGNORE_INDEX, "teacher_turn": NO_TURN}
     rows: dict[int, dict[str, list[int]]] = {}
-    of_teacher: dict[int, dict[str, list[int]]] = {}
     for row, answer in answers.items():
         before, behind = len(answer.prompt), len(answer.tokens)
-        labels = answer.tokens
-        if sides:
-            side = sides[row]
-            aligned = [number if number > 0 else NONE for number in side.aligned]  # nothing predicts the first token
-            labels = [ignore_index if at == NONE else token for token, at in zip(labels, aligned, strict=True)]
-            said, read = sum(end - start for start, end in side.spans), len(side.input_ids)
-            of_teacher[row] = {
-                "teacher_input_ids": side.input_ids,
-                "teacher_attention_mask": [1] * read,
-                "teacher_labels": [IGNORE_INDEX] * (read - said) + side.input_ids[read - said :],
-                "teacher_turn": [-1] * (read - said) + [answer.turn] * said,
-            }
         rows[row] = {
             "input_ids": [*answer.prompt, *answer.tokens],
             "attention_mask": [1] * (before + behind),
-            "labels": [ignore_index] * before + labels,
-            "turn": [-1] * before + [answer.turn] * behind,
+            "labels": [ignore_index] * before + answer.tokens,
+            "turn": [NO_TURN] * before + [answer.turn] * behind,
         }
         if sides:
-            rows[row]["aligned"] = [NONE] * before + aligned
-    padding = {"input_ids": pad, "attention_mask": 0, "labels": ignore_index, "turn": -1}
-    new = _replaced(batch, rows, padding | ({"aligned": NONE} if sides else {}))
-    if sides:
-        padding = {"teacher_input_ids": 0, "teacher_attention_mask": 0, "teacher_labels": IGNORE_INDEX}
-        new |= _replaced(batch, of_teacher, padding | {"teacher_turn": -1})
+            rows[row] |= _read_by_teacher(answer, sides[row], ignore_index)
+    new = {}
+    for name in padding.keys() & batch.keys():
+        of_teacher = name.startswith("teacher_")
+        old, real = batch[name], batch["teacher_attention_mask" if of_teacher else "attention_mask"].bool()
+        parts = [
+            torch.tensor(rows[row][name], dtype=old.dtype, device=old.device) if row in rows else old[row][real[row]]
+            for row in range(len(old))
+        ]
+        new[name] = pad_sequence(parts, True, padding[name])
     return {**batch, **new, "rollouts": dict(answers)}
 
 
-def _replaced(
-    batch: Batch, rows: Mapping[int, Mapping[str, list[int]]], padding: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Entries of a batch with other rows in the place of some, padded with a value for each entry."""
-    names = [name for name in padding if name in batch]
-    real = batch[next(name for name in names if name.endswith("attention_mask"))].bool()
-    new = {}
-    for name in names:
-        old = batch[name]
-        parts = [
-            torch.tensor(rows[row][name], dtype=old.dtype, device=old.device) if row in rows else old[row][real[row]]
-            for row in range(len(real))
-        ]
-        new[name] = pad_sequence(parts, True, padding[name])
-    return new
+def _read_by_teacher(answer: Answer, side: TeacherSide, ignore_index: int) -> dict[str, list[int]]:
+    """What the row of an answer has for a teacher with another tokenizer, and other labels."""
+    said = sum(end - start for start, end in side.spans)
+    read = len(side.input_ids) - said
+    aligned = [number if number > 0 else NONE for number in side.aligned]  # nothing predicts the first token
+    labels = [ignore_index if at == NONE else token for token, at in zip(answer.tokens, aligned, strict=True)]
+    return {
+        "labels": [ignore_index] * len(answer.prompt) + labels,
+        "aligned": [NONE] * len(answer.prompt) + aligned,
+        "teacher_input_ids": side.input_ids,
+        "teacher_attention_mask": [1] * (read + said),
+        "teacher_labels": [IGNORE_INDEX] * read + side.input_ids[read:],
+        "teacher_turn": [NO_TURN] * read + [answer.turn] * said,
+    }
+
+
+def padded(rows: Sequence[Tensor], pad: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
+    """Token ids of some texts, ``[tokens]`` each, as a batch of ``input_ids`` and ``attention_mask``.
+
+    >>> padded([torch.tensor([5, 6]), torch.tensor([7])], 0, "left")["input_ids"]
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    return {
+        "input_ids": pad_sequence(list(rows), True, pad, side),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], True, 0, side),
+    }
 
 
 def rollout_tokens(batch: Batch, response: Response, alpha: float) -> RolloutTokens:
@@ -217,5 +225,5 @@ def up_to_the_end(tokens: Sequence[int], ends: Sequence[int], length: int) -> tu
     (([7, 8, 0], False), ([7, 8], True), ([0], False))
     """
     tokens = list(tokens[:length])
-    last = next((place for place, token in enumerate(tokens) if token in ends), None)
-    return (tokens, True) if last is None else (tokens[: last + 1], False)
+    said = len(up_to_end(tokens, ends))
+    return tokens[: said + 1], said == len(tokens)

@@ -58,7 +58,7 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     if isinstance(module.trainer.strategy, FSDPStrategy):
         raise UsageError(f"rollouts do not gather the weights of the strategy fsdp: take fsdp2 or ddp, or {off}.")
     if rollouts.settings.responses_from != "student":
-        _check_teacher_answers(module)
+        _check_teacher_answers(rollouts)
     data = data_of(module.trainer)
     if not isinstance(data, InstructionDataModule):
         return
@@ -76,17 +76,16 @@ def check_rollouts(module: "DistillationModule", stage: str) -> None:
     for split in splits:
         data.check_answers_fit(split, setting, tokens, positions)
     if stage == "fit":
-        _warn_of_monitors(module, data)
+        _warn_of_monitors(rollouts, data)
 
 
-def _warn_of_monitors(module: "DistillationModule", data: InstructionDataModule) -> None:
+def _warn_of_monitors(rollouts: Rollouts, data: InstructionDataModule) -> None:
     """Say which callbacks wait for a value that does not come."""
     learnt = column(data.splits["validation"], "learnt")
     if not len(learnt) or learnt.any():
         return
-    assert isinstance(module.rollouts, Rollouts)
-    own = "" if module.rollouts.settings.validation_samples else ", with on_policy.validation_samples above 0"
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+    own = "" if rollouts.settings.validation_samples else ", with on_policy.validation_samples above 0"
+    for callback in rollouts.module.trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None) or ""
         if monitor.startswith("val/") and monitor != "val/rollout_rkl":
             rank_zero_warn(
@@ -95,13 +94,11 @@ def _warn_of_monitors(module: "DistillationModule", data: InstructionDataModule)
             )
 
 
-def _check_teacher_answers(module: "DistillationModule") -> None:
-    assert isinstance(module.rollouts, Rollouts)
-    wish = f"on_policy.responses_from {module.rollouts.settings.responses_from}"
-    teacher = module.teacher
+def _check_teacher_answers(rollouts: Rollouts) -> None:
+    wish, teacher = f"on_policy.responses_from {rollouts.settings.responses_from}", rollouts.module.teacher
     if not isinstance(teacher, LiveTeacher) or not hasattr(teacher.model.model, "generate"):
         raise UsageError(f"{wish} needs a teacher that is a model and can generate: set it to student.")
-    if isinstance(module.trainer.strategy, ModelParallelStrategy):
+    if isinstance(rollouts.module.trainer.strategy, ModelParallelStrategy):
         raise UsageError(
             f"{wish} needs the whole teacher on each device, and it is sharded: take the strategy ddp, or write its "
             "answers with akl generate first."

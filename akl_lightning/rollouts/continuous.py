@@ -13,10 +13,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from akl_lightning.checkpoint import random_states, set_random_states
 from akl_lightning.compat import attention_of, put_batching_manager, take_batching_manager
 from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.decoding import seed_of
+from akl_lightning.evaluation.decoding import Sampling, seed_of
 from akl_lightning.models.generation import plain_decoding
 from akl_lightning.models.layers import text_config
-from akl_lightning.rollouts.engines import Engine, Sampling, Weights
+from akl_lightning.rollouts.engines import Engine, Weights
 
 PAGE = 256
 """Tokens whose keys and values lie in one piece, as kernels for paged attention want it."""
@@ -89,7 +89,12 @@ class ContinuousBatching(Engine):
             self._nan = torch.zeros((), dtype=torch.bool, device=model.device)
         states, attention = random_states(), attention_of(model)
         try:
-            with weights.model.eagerly(), plain_decoding(model), self._noting_nan(model), self._kept_on(model):
+            with (
+                weights.model.eagerly(),
+                plain_decoding(model),
+                model.register_forward_hook(self._note_nan),
+                self._kept_on(model),
+            ):
                 outputs = _answers(model, ready, prompts, seed_of(*seeds))
             if self._nan:
                 raise UsageError("the model gives NaN, nothing can be drawn from it: look at its weights and precision")
@@ -111,19 +116,10 @@ class ContinuousBatching(Engine):
         finally:
             self._manager = take_batching_manager(model)
 
-    @contextmanager
-    def _noting_nan(self, model: Any) -> Iterator[None]:
+    def _note_nan(self, module: Any, inputs: Any, output: Any) -> None:
         """Draw something from NaN, and remember: on a GPU it would be an assertion, after which nothing works."""
-
-        def look(module: Any, inputs: Any, output: Any) -> None:
-            self._nan.logical_or_(output.logits.isnan().any())  # type: ignore[union-attr]
-            output.logits = output.logits.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-
-        handle = model.register_forward_hook(look)
-        try:
-            yield
-        finally:
-            handle.remove()
+        self._nan.logical_or_(output.logits.isnan().any())  # type: ignore[union-attr]
+        output.logits = output.logits.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
     def _settings(self, model: Any, prompts: Sequence[Sequence[int]], decoding: Sampling) -> ContinuousBatchingConfig:
         config = text_config(model.config)

@@ -15,7 +15,7 @@ from akl_lightning.compat import trainer_of
 from akl_lightning.criterion import CriterionOutput, DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.data.sampler import FILLER, StepSampler, accumulated
-from akl_lightning.data.spread import spread
+from akl_lightning.data.spread import spread_over_validation
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
 from akl_lightning.metrics import TokenMean
@@ -117,21 +117,16 @@ class Rollouts(OffPolicy):
         if (trainer := trainer_of(self.module)) is None or not trainer.training:
             return batch
         arrived = time.perf_counter()
-        begun, step, sampled = self._now(), trainer.global_step, 0
+        begun, step, epoch, sampled = self._now(), trainer.global_step, self.module.current_epoch, 0
         tasks = self._chosen(samples_of(batch, self.module.criterion.ignore_index), step)
-        loader = self._own_loader()
-        if loader is None:
-            found = dict(zip(tasks, self._sample(list(tasks.values())), strict=True))
-            sampled = sum(len(answer.tokens) for answer in found.values())
-        else:
-            epoch, ahead = self.module.current_epoch, self._ahead
-            if step >= ahead.until or epoch != ahead.epoch:
-                coming, until = self._coming(loader, step)
-                answers = self._sample(coming)
-                sampled = sum(len(answer.tokens) for answer in answers)
-                by_task = {(int(task.step), task.sample): answer for task, answer in zip(coming, answers, strict=True)}
-                self._ahead = Ahead(epoch, until, by_task)
-            found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
+        if step >= self._ahead.until or epoch != self._ahead.epoch:
+            loader = self._own_loader()
+            coming, until = (list(tasks.values()), step) if loader is None else self._coming(loader, step)
+            answers = self._sample(coming)
+            sampled = sum(len(answer.tokens) for answer in answers)
+            by_task = {(int(task.step), task.sample): answer for task, answer in zip(coming, answers, strict=True)}
+            self._ahead = Ahead(epoch, until, by_task)
+        found = {row: self._ahead.answers.pop((step, task.sample)) for row, task in tasks.items()}
         self._clock = Clock(arrived, self._now() - begun, sampled)
         return self._answered(batch, found, watch=True)
 
@@ -307,15 +302,11 @@ class Rollouts(OffPolicy):
     def look(self, batch: Batch, batch_idx: int, dataloader_idx: int) -> None:
         """Let the student answer its share of the prompts of a validation, and measure its reverse divergence there."""
         trainer = self.module.trainer
-        counts: Any = trainer.num_val_batches
-        count = counts[0] if isinstance(counts, list) else counts
         per_rank = -(-self.settings.validation_samples // trainer.world_size)
-        wanted = spread(batch_idx, per_rank if count == float("inf") else int(count), per_rank)
-        if trainer.sanity_checking or dataloader_idx or not wanted:
-            return
-        with torch.no_grad():
-            output = self.module.distill(self.answered_by_student(batch, wanted))
-        self._rkl.update(rollout_rkl=output.statistics["rkl"])
+        if wanted := spread_over_validation(trainer, batch_idx, dataloader_idx, per_rank):
+            with torch.no_grad():
+                output = self.module.distill(self.answered_by_student(batch, wanted))
+            self._rkl.update(rollout_rkl=output.statistics["rkl"])
 
     def answered_by_student(self, batch: Batch, wanted: int) -> dict[str, Any]:
         """The first samples of a batch with the student's own responses: the same draws whenever it is asked.

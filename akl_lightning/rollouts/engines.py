@@ -2,40 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from akl_lightning.errors import UsageError
-from akl_lightning.evaluation.decoding import draw
+from akl_lightning.errors import check_count
+from akl_lightning.evaluation.decoding import Sampling, draw
 from akl_lightning.models.split import SplitModel
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How rollouts are sampled.
-
-    Args:
-        max_new_tokens: length of a rollout at most, its end token included.
-        temperature: of the draw.
-        top_p: the smallest set of likeliest tokens with this mass is drawn from; 1 for all.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"on_policy.decoding.max_new_tokens must be 1 or more, got {self.max_new_tokens}.")
-        if not self.temperature > 0:
-            raise UsageError(f"on_policy.decoding.temperature must be above 0, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"on_policy.decoding.top_p must be above 0 and at most 1, got {self.top_p}.")
+from akl_lightning.rollouts.batches import padded
 
 
 class Weights(NamedTuple):
@@ -94,8 +68,7 @@ class GenerateEngine(Engine):
     """
 
     def __init__(self, batch_size: int | None = None) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"engine.batch_size must be 1 or more, got {batch_size}.")
+        check_count("engine.batch_size", batch_size)
         self.batch_size = batch_size
         self._weights: Weights | None = None
 
@@ -114,21 +87,14 @@ class GenerateEngine(Engine):
         answers: list[list[int]] = [[]] * len(prompts)
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
-            longest = len(prompts[chosen[0]])
-            ids = torch.full((len(chosen), longest), pad)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                place = slice(longest - len(prompts[index]), None)
-                ids[row, place], mask[row, place] = torch.tensor(prompts[index]), 1
+            batch = padded([torch.tensor(prompts[index]) for index in chosen], pad, "left")
             tokens = model.generate(
-                {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
+                {name: tensor.to(device) for name, tensor in batch.items()},
                 None,
                 max_new_tokens=decoding.max_new_tokens,
                 eos_token_id=list(ends),
                 pad_token_id=pad,
-                logits_processor=draw(
-                    [seeds[index] for index in chosen], decoding.max_new_tokens, decoding.temperature, decoding.top_p
-                ),
+                logits_processor=draw([seeds[index] for index in chosen], decoding),
             )
             for index, answer in zip(chosen, tokens.tolist(), strict=True):
                 answers[index] = answer

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from akl_lightning.data.facts import facts_of_run
+from akl_lightning.data.facts import facts_of_run, positions_of
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import seed_of
+from akl_lightning.models.generation import ending
 from akl_lightning.models.layers import evaluating
 from akl_lightning.models.split import SplitModel
 from akl_lightning.parallel import gather_objects
@@ -81,18 +82,13 @@ class Sampler:
     @property
     def pad(self) -> int:
         """The padding token."""
-        tokenizer = self.module.find_tokenizer()
-        pad = None if tokenizer is None else tokenizer.pad_token_id
-        return self.ends[0] if pad is None else pad
+        return int(ending(self.ends, self.module.find_tokenizer())["pad_token_id"])
 
     @property
     def room(self) -> int | None:
         """Tokens of the longest prompt that leaves room for an answer; None where there is no bound."""
-        positions = [self.module.student.max_positions]
-        if isinstance(self.module.teacher, LiveTeacher):
-            positions.append(self.module.teacher.max_positions)
-        known = [limit for limit in positions if limit]
-        return min(known) - self.settings.decoding.max_new_tokens if known else None
+        positions = positions_of(self.module)
+        return None if positions is None else positions - self.settings.decoding.max_new_tokens
 
     def sample(self, tasks: Sequence[Task], responses_from: str, watch: Watch | None = None) -> list[Answer]:
         """Answer prompts; called on every rank, as each may have a part of the student, and with none, too.

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from akl_lightning.divergences import Divergence
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, check_count
+from akl_lightning.evaluation.decoding import Sampling
 from akl_lightning.functional import check_fraction
-from akl_lightning.rollouts.engines import Engine, Sampling
+from akl_lightning.rollouts.engines import Engine
 
 CACHED_TEACHER = (
     "a cached teacher cannot score rollouts, which it has not seen: give model.teacher the model itself, or set "
@@ -55,10 +56,8 @@ class OnPolicy:
 
     def __post_init__(self) -> None:
         check_fraction("on_policy.share", self.share)
-        if self.refresh_every < 1:
-            raise UsageError(f"on_policy.refresh_every must be 1 or more, got {self.refresh_every}.")
-        if self.validation_samples < 0:
-            raise UsageError(f"on_policy.validation_samples must be 0 or more, got {self.validation_samples}.")
+        check_count("on_policy.refresh_every", self.refresh_every)
+        check_count("on_policy.validation_samples", self.validation_samples, least=0)
         for name, value, known in (
             ("responses_from", self.responses_from, ("student", "teacher", "mix")),
             ("turns", self.turns, ("last", "random")),

@@ -1,14 +1,16 @@
 """What one watches of rollouts: means as torchmetrics, and warnings that name a cause."""
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 
-from akl_lightning.metrics import AlignedShare, TokenMean
+from akl_lightning.metrics import AlignedShare, Sums, TokenMean
 from akl_lightning.rollouts.batches import Answer, RolloutTokens
 
 WINDOW = 64
@@ -22,7 +24,7 @@ tokens that it has drawn, an unbiased estimate of its entropy where temperature 
 another tokenizer, all but the first two are of the tokens that are aligned, whose share is ``rollout_aligned``."""
 
 
-class Ratio(Metric):
+class Ratio(Sums):
     """The sum of one number over the sum of another, in float64.
 
     Args:
@@ -36,15 +38,12 @@ class Ratio(Metric):
     tensor(4., dtype=torch.float64)
     """
 
-    full_state_update = False
     total_above: Tensor
     total_below: Tensor
 
     def __init__(self, above: str, below: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__("total_above", "total_below", **kwargs)
         self.names = above, below
-        for state in ("total_above", "total_below"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, **numbers: Any) -> None:
         """Add both; without them nothing."""
@@ -81,24 +80,25 @@ def statistics_of(rollouts: RolloutTokens, statistics: dict[str, Tensor]) -> dic
     }
 
 
-class Seen(NamedTuple):
+@dataclass
+class Seen:
     """What a rank has seen since the ranks last met."""
 
-    lengths: list[int]
+    lengths: list[int] = field(default_factory=list)
     """Of the student's new rollouts, in tokens."""
 
-    cut: list[bool]
+    cut: list[bool] = field(default_factory=list)
     """Whether each was cut off."""
 
-    entropy: float
+    entropy: float = 0.0
     """Summed over the tokens that it has learnt from."""
 
-    tokens: int
+    tokens: int = 0
 
-    aligned: list[tuple[int, int]]
+    aligned: list[tuple[int, int]] = field(default_factory=list)
     """Of each that a teacher with another tokenizer has read: how many of its tokens are aligned, and of how many."""
 
-    beyond: int
+    beyond: int = 0
     """How many of these fill the teacher's positions, or find none."""
 
 
@@ -110,25 +110,26 @@ class Watch:
 
     def forget(self) -> None:
         """Begin anew."""
-        self._lengths: list[int] = []
-        self._cut: list[bool] = []
-        self._entropies: list[tuple[Tensor, int]] = []
+        self._mine = Seen()
+        self._entropies: list[Tensor] = []  # of this rank, a sum for each batch
+        self._lengths: deque[int] = deque(maxlen=WINDOW)
+        self._cut: deque[bool] = deque(maxlen=WINDOW)
+        self._aligned: deque[tuple[int, int]] = deque(maxlen=WINDOW)
         self._entropy, self._tokens = 0.0, 0
-        self._read: list[tuple[int, int]] = []
-        self._beyond, self._positions = 0, 0
-        self._aligned: list[tuple[int, int]] = []
+        self._positions = 0
         self._start: float | None = None
         self._said: list[str] = []
 
     def state(self) -> dict[str, Any]:
         """What a run that goes on has to know; the same on all ranks."""
-        seen = {"lengths": self._lengths, "cut": self._cut, "aligned": self._aligned}
+        seen = {"lengths": list(self._lengths), "cut": list(self._cut), "aligned": list(self._aligned)}
         return {**seen, "start": self._start, "said": self._said}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on."""
-        self._lengths, self._cut = list(state["lengths"]), list(state["cut"])
-        self._aligned = [(aligned, tokens) for aligned, tokens in state.get("aligned", ())]  # there is none in old ones
+        self._lengths.extend(state["lengths"])
+        self._cut.extend(state["cut"])
+        self._aligned.extend(state.get("aligned", ()))  # there is none in old ones
         self._start, self._said = state["start"], list(state["said"])
 
     def add_entropy(self, of_tokens: Tensor) -> None:
@@ -138,7 +139,8 @@ class Watch:
             of_tokens: minus the log probability of each token that the student has drawn.
         """
         if of_tokens.numel():
-            self._entropies.append((of_tokens.sum(), of_tokens.numel()))
+            self._entropies.append(of_tokens.sum())
+            self._mine.tokens += of_tokens.numel()
 
     def add_aligned(self, aligned: list[tuple[int, int]], beyond: int, positions: int | None) -> None:
         """Keep what a teacher with another tokenizer has read.
@@ -148,8 +150,8 @@ class Watch:
             beyond: likewise.
             positions: of the teacher; None for any number.
         """
-        self._read += aligned
-        self._beyond += beyond
+        self._mine.aligned += aligned
+        self._mine.beyond += beyond
         self._positions = positions or 0
 
     def seen(self, rollouts: Sequence[Answer]) -> Seen:
@@ -158,21 +160,22 @@ class Watch:
         Args:
             rollouts: new ones; the student's own count.
         """
+        seen, self._mine = self._mine, Seen()
         own = [answer for answer in rollouts if answer.own]
-        entropy = float(torch.stack([total for total, _ in self._entropies]).sum()) if self._entropies else 0.0
-        tokens = sum(count for _, count in self._entropies)
-        self._entropies.clear()
-        read, beyond = self._read, self._beyond
-        self._read, self._beyond = [], 0
-        lengths, cut = [len(answer.tokens) for answer in own], [answer.cut for answer in own]
-        return Seen(lengths, cut, entropy, tokens, read, beyond)
+        seen.lengths, seen.cut = [len(answer.tokens) for answer in own], [answer.cut for answer in own]
+        if self._entropies:
+            seen.entropy = float(torch.stack(self._entropies).sum())
+            self._entropies.clear()
+        return seen
 
     def look(self, ranks: Sequence[Seen]) -> None:
         """Look at what all ranks have seen."""
-        self._lengths = (self._lengths + [length for seen in ranks for length in seen.lengths])[-WINDOW:]
-        self._cut = (self._cut + [cut for seen in ranks for cut in seen.cut])[-WINDOW:]
-        self._entropy += sum(seen.entropy for seen in ranks)
-        self._tokens += sum(seen.tokens for seen in ranks)
+        for seen in ranks:
+            self._lengths.extend(seen.lengths)
+            self._cut.extend(seen.cut)
+            self._aligned.extend(seen.aligned)
+            self._entropy += seen.entropy
+            self._tokens += seen.tokens
         if len(self._lengths) == WINDOW:
             mean = sum(self._lengths) / WINDOW
             if self._start is None:
@@ -203,12 +206,11 @@ class Watch:
                 )
 
     def _look_at_aligned(self, ranks: Sequence[Seen]) -> None:
-        aligned = [counts for seen in ranks for counts in seen.aligned]
-        self._aligned = (self._aligned + aligned)[-WINDOW:]
         if beyond := sum(seen.beyond for seen in ranks):
+            read = sum(len(seen.aligned) for seen in ranks)
             self._say(
                 "beyond",
-                f"{beyond:,} of {len(aligned):,} rollouts fill the {self._positions:,} positions of the teacher with "
+                f"{beyond:,} of {read:,} rollouts fill the {self._positions:,} positions of the teacher with "
                 "its own tokens, what lies behind is not learnt: lower on_policy.decoding.max_new_tokens.",
             )
         found, tokens = (sum(numbers) for numbers in zip((0, 0), *self._aligned, strict=True))

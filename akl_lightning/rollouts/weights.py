@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from akl_lightning.models.lora import virtual_tokens
 from akl_lightning.models.split import SplitModel
+from akl_lightning.teachers.fingerprint import whole
 
 
 class WholeModel:
@@ -67,7 +68,7 @@ class WholeModel:
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight by its name, whole; tied ones under each of their names."""
         for name, parameter in self._student.model.named_parameters(remove_duplicate=False):
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            yield name, whole(parameter.detach())
 
     def _filled(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, adapted: bool) -> SplitModel:
         # An adapter is merged in the weights' own precision, and rounded once.

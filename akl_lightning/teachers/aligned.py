@@ -1,6 +1,7 @@
 """A teacher with another tokenizer: it reads the same text, and is compared with the student over classes of tokens."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -31,6 +32,7 @@ Alignment = Literal["classes", "refuse"]
 """What is done about a teacher with another tokenizer."""
 
 
+@dataclass(eq=False)
 class AlignedTeacher(Teacher):
     """Another teacher, which is given its own tokens of each sample.
 
@@ -40,24 +42,19 @@ class AlignedTeacher(Teacher):
     Args:
         teacher: a live one or a cache.
         classes: of the outputs of student and teacher.
-        tokenizer: the teacher's.
+        own_tokenizer: the teacher's.
         pairing: which aligned the samples.
         packing: lay its samples into fewer rows.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        classes: Classes,
-        tokenizer: PreTrainedTokenizerBase,
-        pairing: Pairing,
-        packing: bool = False,
-    ) -> None:
-        self.teacher, self.fingerprint = teacher, teacher.fingerprint
-        self.classes = classes
-        self.own_tokenizer = tokenizer
-        self.pairing = pairing
-        self._packing = packing
+    teacher: Teacher
+    classes: Classes
+    own_tokenizer: PreTrainedTokenizerBase
+    pairing: Pairing
+    packing: bool = False
+
+    def __post_init__(self) -> None:
+        self.fingerprint = self.teacher.fingerprint
 
     @property
     def vocab_size(self) -> None:
@@ -96,7 +93,7 @@ class AlignedTeacher(Teacher):
         aligned = tokens > 0  # nothing predicts the teacher's first token
         places = torch.searchsorted(response, before).where(aligned, 0)
         of_teacher = {**own, "response": response, "layout": lay_out(own)}
-        if self._packing:
+        if self.packing:
             of_teacher["packed"] = pack(own)
         of_teacher |= self.teacher.prepare(own, response)
         return {"of_teacher": of_teacher, "places": places, "is_aligned": aligned}
@@ -202,20 +199,16 @@ def with_own_tokenizer(module: "DistillationModule", stage: str) -> Teacher | No
     pairing = data.align(own, inner.longest)
     if isinstance(teacher, AlignedTeacher) and teacher.pairing is pairing:
         return teacher
-    sides = [
-        Vocabulary(tokens, chat.end_tokens, outputs or len(tokens))
-        for tokens, chat, outputs in zip(
-            (pairing.student, pairing.teacher),
-            pairing.chats,
-            (module.student.vocab_size, inner.vocab_size),
-            strict=True,
-        )
-    ]
-    classes = find_partition(*sides)
+    chat, of_teacher = pairing.chats
+    outputs = module.student.vocab_size or len(pairing.student), inner.vocab_size or len(pairing.teacher)
+    classes = find_partition(
+        Vocabulary(pairing.student, chat.end_tokens, outputs[0]),
+        Vocabulary(pairing.teacher, of_teacher.end_tokens, outputs[1]),
+    )
     shared = len(set(pairing.student.bytes) & set(pairing.teacher.bytes) - {None})
     rank_zero_info(
         f"Teacher and student have different tokenizers: {shared:,} tokens are in both, {classes.classes:,} classes "
-        f"over {sides[1].outputs:,} and {sides[0].outputs:,} outputs are compared where both stand at the same byte; "
+        f"over {outputs[1]:,} and {outputs[0]:,} outputs are compared where both stand at the same byte; "
         "elsewhere the student has cross entropy alone"
     )
     return AlignedTeacher(inner, Classes(*classes), own, pairing, module.student.packing)

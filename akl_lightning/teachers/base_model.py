@@ -49,8 +49,12 @@ class BaseModelTeacher(Teacher):
 
     @property
     def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._own().values())
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """The parameters of the model without those of the adapter, by name."""
         adapter = {id(parameter) for parameter in adapter_parameters(self._student.model)}
-        return sum(parameter.numel() for parameter in self._model.parameters() if id(parameter) not in adapter)
+        return {name: own for name, own in self._model.named_parameters() if id(own) not in adapter}
 
     @property
     def vocab_size(self) -> int | None:
@@ -60,9 +64,8 @@ class BaseModelTeacher(Teacher):
         self._model.check_fits(name, tokenizer, max_length)
 
     def check_run(self, stage: str, trainer: Trainer, criterion: DistillationCriterion) -> None:
-        adapter = {id(parameter) for parameter in adapter_parameters(self._student.model)}
-        for name, parameter in self._model.named_parameters():
-            if stage == "fit" and parameter.requires_grad and id(parameter) not in adapter:
+        for name, parameter in self._own().items() if stage == "fit" else ():
+            if parameter.requires_grad:
                 raise UsageError(
                     f"model.teacher {BASE} would change as the student learns, which trains {name} as well: freeze it, "
                     "or give another teacher."

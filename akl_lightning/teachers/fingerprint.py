@@ -27,15 +27,17 @@ def weights_digest(model: nn.Module) -> str:
     tensors = sorted(model.state_dict().items())
     for name, tensor in tqdm(tensors, desc="Digest of the weights", leave=False, disable=quiet, delay=1):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
-        total.update(content.numpy().data)
+        total.update(_content(tensor))
     return total.hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """Digest of a tensor, its shape and precision; called on all ranks, where it is sharded."""
-    content = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8)
-    return digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + hashlib.sha256(content.numpy().data).digest())[:32]
+    return digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + hashlib.sha256(_content(tensor)).digest())[:32]
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def hub_revision(name: str) -> str | None:

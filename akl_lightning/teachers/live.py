@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -52,10 +51,9 @@ class LiveTeacher(Teacher):
         self._device: torch.device | None = None
         if isinstance(source, str) and not source.endswith(".gguf"):
             with suppress(UsageError):  # an adapter, which has no config of its own, or nothing at all
-                self._model = _frozen(outline_causal_lm(source, *self._how), packing)
-                self._unread = source
+                self._model, self._unread = self._frozen(outline_causal_lm(source, *self._how)), source
         if self._unread is None:
-            self._model = _frozen(load_causal_lm(source, *self._how), packing)
+            self._model = self._frozen(load_causal_lm(source, *self._how))
         self.longest = self.max_positions
 
     @property
@@ -66,8 +64,7 @@ class LiveTeacher(Teacher):
     def read(self) -> SplitModel:
         """The language model with its weights, which are read if that is not done yet."""
         if self._unread is not None:
-            self._model = _frozen(load_causal_lm(self._unread, *self._how), self._packing)
-            self._unread = None
+            self._model, self._unread = self._frozen(load_causal_lm(self._unread, *self._how)), None
             if self._device is not None:
                 self._model.to(self._device)
         return self._model
@@ -77,7 +74,7 @@ class LiveTeacher(Teacher):
             self.read()
             return
         if self._unread is not None:
-            sharded = load_sharded(self._unread, mesh, partial(_frozen, packing=self._packing), *self._how)
+            sharded = load_sharded(self._unread, mesh, self._frozen, *self._how)
             if sharded is not None:
                 self._model, self._unread = sharded, None
             else:
@@ -134,6 +131,5 @@ class LiveTeacher(Teacher):
                 self._model.to(device)
         return self
 
-
-def _frozen(model: nn.Module, packing: bool = False) -> SplitModel:
-    return SplitModel(model, packing).eval().requires_grad_(False)
+    def _frozen(self, model: nn.Module) -> SplitModel:
+        return SplitModel(model, self._packing).eval().requires_grad_(False)

@@ -8,8 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from akl_lightning.callbacks import AdaptiveWeightMonitor, DistributionPlot, HeadTailPlot, HeadWeightMap, SampledAnswers
-from akl_lightning.callbacks.samples import response_rows, spread
+from akl_lightning.callbacks.samples import response_rows
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.spread import spread
 from akl_lightning.module import DistillationModule
 from tests.conftest import QUIET, gpt2
 

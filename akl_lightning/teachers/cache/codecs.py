@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+
+    known: ClassVar[dict[str, type["Codec"]]] = {}
+    """Every codec by its name."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            Codec.known[cls.name] = cls
 
     @abstractmethod
     def encode(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -126,13 +133,6 @@ def find_codec(name: str) -> Codec:
     Raises:
         UsageError: there is none.
     """
-    codecs: dict[str, Any] = {}
-    waiting: list[Any] = [Codec]
-    while waiting:
-        cls = waiting.pop()
-        waiting += cls.__subclasses__()
-        if not cls.__abstractmethods__ and hasattr(cls, "name"):
-            codecs[cls.name] = cls
-    if name not in codecs:
-        raise UsageError(f"unknown codec {name!r}: use one of {', '.join(sorted(codecs))}, or import your own.")
-    return codecs[name]()
+    if name not in Codec.known:
+        raise UsageError(f"unknown codec {name!r}: use one of {', '.join(sorted(Codec.known))}, or import your own.")
+    return Codec.known[name]()

@@ -5,6 +5,7 @@ One run at a time writes to it, and its files are complete or not there.
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -75,35 +76,38 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def unchanged_files(folder: Path) -> dict[str, list[Any]]:
-    """What was found of files whose checksums have been compared before: size, time of change, checksum, by name."""
+def touched_files(folder: Path, checksums: Mapping[str, str]) -> list[str]:
+    """The files that have been touched since :func:`remember_unchanged`, or were never compared with a checksum."""
+    known = _verified(folder)
+    return [name for name in sorted(checksums) if known.get(name) != _state(folder / name, checksums[name])]
+
+
+def remember_unchanged(folder: Path, files: Iterable[str], checksums: Mapping[str, str]) -> None:
+    """Note that the checksums of files are right, so that the next run need not read them all."""
+    known = _verified(folder) | {name: _state(folder / name, checksums[name]) for name in files}
+    with suppress(OSError), atomic_file(folder / VERIFIED) as file:  # a cache may well lie where nobody may write
+        file.write_text(json.dumps(known))
+
+
+def _verified(folder: Path) -> dict[str, list[Any]]:
     with suppress(OSError, ValueError):
         return json.loads((folder / VERIFIED).read_text())
     return {}
 
 
-def remember_unchanged(folder: Path, files: Iterable[str], checksums: Mapping[str, str]) -> None:
-    """Note that the checksums of files are right, so that the next run need not read them all."""
-    known = unchanged_files(folder) | {name: file_state(folder / name, checksums[name]) for name in files}
-    with suppress(OSError), atomic_file(folder / VERIFIED) as file:  # a cache may well lie where nobody may write
-        file.write_text(json.dumps(known))
-
-
-def file_state(file: Path, checksum: str) -> list[Any]:
-    """What tells whether a file has been touched since."""
+def _state(file: Path, checksum: str) -> list[Any]:
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, checksum]
 
 
-def identity(manifest: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+def identity(manifest: dict[str, Any]) -> defaultdict[str, tuple[Any, str]]:
     """What all shards of a cache have in common, by what messages call it, and how they say it."""
     teacher = manifest["teacher"]
-    digests = {f"tokenizer's {name}": value for name, value in (manifest["tokenizer"] or {}).items()}
-    return {
-        "teacher": (teacher["weights"], f"{teacher['name']!r} with weights {teacher['weights'][:8]}"),
-        **{name: (value, value[:8]) for name, value in digests.items()},
-        **{name: (manifest[name], str(manifest[name])) for name in ("codec", "top_k")},
-    }
+    found: defaultdict[str, tuple[Any, str]] = defaultdict(lambda: ("", "none"))  # of what a tokenizer lacks
+    found["teacher"] = teacher["weights"], f"{teacher['name']!r} with weights {teacher['weights'][:8]}"
+    found |= {f"tokenizer's {name}": (value, value[:8]) for name, value in (manifest["tokenizer"] or {}).items()}
+    found |= {name: (manifest[name], str(manifest[name])) for name in ("codec", "top_k")}
+    return found
 
 
 def shard_entry(file: Path, checksum: str, samples: int, tokens: int) -> dict[str, Any]:
@@ -133,12 +137,9 @@ def check_same(path: Path, manifest: dict[str, Any]) -> None:
     if not (path / MANIFEST).exists():
         return
     theirs, ours = identity(read_manifest(path)), identity(manifest)
-    differing = [name for name in theirs | ours if theirs.get(name, ("",))[0] != ours.get(name, ("",))[0]]
+    differing = [name for name in theirs | ours if theirs[name][0] != ours[name][0]]
     if differing:
-        said = " and ".join(
-            f"{name} ({theirs.get(name, ('', 'none'))[1]} there, {ours.get(name, ('', 'none'))[1]} here)"
-            for name in differing
-        )
+        said = " and ".join(f"{name} ({theirs[name][1]} there, {ours[name][1]} here)" for name in differing)
         raise UsageError(f"the cache in {path} has another {said}: give another path.")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -27,15 +27,16 @@ from akl_lightning.teachers.cache.format import (
     HEAD,
     REWRITE,
     file_digest,
-    file_state,
     open_shard,
     read_manifest,
     remember_unchanged,
-    unchanged_files,
+    touched_files,
 )
 from akl_lightning.teachers.cache.samples import DIGEST, UNRECORDED_INPUTS, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.top_k import decode_top_k
 from akl_lightning.teachers.fingerprint import tokenizer_digests
+
+T = TypeVar("T")
 
 _SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 
@@ -213,15 +214,12 @@ class CachedTeacher(Teacher):
             self._warned = True
             rank_zero_warn(_TOP_K_WARNING.format(self.top_k))
         for split in _SPLITS[stage] if hasattr(data, "samples") else ():
-            what = f"Looking up {split} samples"
-            batches = tqdm(data.samples(split), what, unit="batch", leave=False, disable=not shows_progress(trainer))
+            batches = with_progress(trainer, data.samples(split), f"Looking up {split} samples", "batch")
             self._check_samples(split, batches, criterion)
         if not self._checked:
             checksums = {name: entry["sha256"] for name, entry in self._files.items()}
-            known = unchanged_files(self.path)
-            files = [n for n in sorted(checksums) if known.get(n) != file_state(self.path / n, checksums[n])]
-            mine = files[trainer.local_rank :: trainer.num_devices]
-            self.check_files(mine, show=shows_progress(trainer))
+            mine = touched_files(self.path, checksums)[trainer.local_rank :: trainer.num_devices]
+            self.check_files(mine, trainer)
             if mine:
                 remember_unchanged(self.path, mine, checksums)
             self._checked = True
@@ -237,12 +235,12 @@ class CachedTeacher(Teacher):
         if example:
             raise UsageError(self._lacks(*example, f"{lacking} of {total} {split} samples"))
 
-    def check_files(self, names: Sequence[str] | None = None, show: bool = False) -> None:
+    def check_files(self, names: Sequence[str] | None = None, trainer: Trainer | None = None) -> None:
         """Read files and compare their checksums.
 
         Args:
             names: of the files; None for all.
-            show: a progress bar.
+            trainer: whose process may show how far this has come; None for no bar.
 
         Raises:
             UsageError: one is damaged.
@@ -250,7 +248,7 @@ class CachedTeacher(Teacher):
         names = list(self._files) if names is None else names
         with ThreadPoolExecutor() as threads:  # hashing does not hold the interpreter's lock
             checksums = threads.map(lambda name: file_digest(self.path / name), names)
-            bar = tqdm(checksums, "Checksums of the cache", len(names), leave=False, disable=not show)
+            bar = with_progress(trainer, checksums, "Checksums of the cache", "file", len(names))
             for name, checksum in zip(names, bar, strict=True):
                 if checksum != self._files[name]["sha256"]:
                     raise UsageError(f"{self.path / name} is damaged, its checksum differs: {REWRITE}.")
@@ -267,6 +265,14 @@ _TOP_K_WARNING = (
 def shows_progress(trainer: Trainer) -> bool:
     """Whether this process is the one that shows how far the work has come."""
     return trainer.is_global_zero and trainer.progress_bar_callback is not None
+
+
+def with_progress(
+    trainer: Trainer | None, items: Iterable[T], what: str, unit: str, total: int | None = None
+) -> Iterable[T]:
+    """The same items, under a bar that goes when they are through; without one where the process shows none."""
+    shown = trainer is not None and shows_progress(trainer)
+    return tqdm(items, what, total, leave=False, unit=unit, disable=not shown)
 
 
 def _head(tensors: dict[str, Tensor]) -> nn.Linear:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from akl_lightning.batch import Batch, response_of, teacher_side
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
-from akl_lightning.errors import UsageError
+from akl_lightning.errors import UsageError, check_count
 from akl_lightning.models.inputs import known_inputs
 from akl_lightning.models.load import Precision
 from akl_lightning.parallel import data_parallel_mesh, ending_together, gather_objects
@@ -29,7 +29,7 @@ from akl_lightning.projection import Projection
 from akl_lightning.teachers.aligned import read_by_teacher
 from akl_lightning.teachers.cache import format as folder
 from akl_lightning.teachers.cache.codecs import find_codec
-from akl_lightning.teachers.cache.reader import shows_progress
+from akl_lightning.teachers.cache.reader import shows_progress, with_progress
 from akl_lightning.teachers.cache.samples import DIGEST, sample_digests, tokens_per_sample
 from akl_lightning.teachers.cache.splits import Data, EverySplit
 from akl_lightning.teachers.cache.top_k import encode_top_k
@@ -73,9 +73,8 @@ class CacheWriter(LightningModule):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        for name, value in (("top_k", top_k), ("shard_tokens", shard_tokens)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, got {value}.")
+        check_count("top_k", top_k)
+        check_count("shard_tokens", shard_tokens)
         self.codec = find_codec(codec)
         self.path = Path(path).expanduser()
         self.top_k = top_k
@@ -181,7 +180,7 @@ class CacheWriter(LightningModule):
         trainer = self.trainer
         files = sorted(self.path.glob("shard-*.safetensors"))[trainer.global_rank :: trainer.world_size]
         good: list[bytes] = []
-        for file in tqdm(files, desc="Checking shards", unit="shard", leave=False, disable=not shows_progress(trainer)):
+        for file in with_progress(trainer, files, "Checking shards", "shard"):
             checksum = folder.file_digest(file)
             if file.name == folder.shard_name(checksum):
                 shard = folder.open_shard(file)
@@ -221,10 +220,9 @@ class CacheWriter(LightningModule):
         """Samples and response tokens that are to be written, over all ranks."""
         ranks = self.trainer.world_size
         totals, seen = torch.zeros(2, dtype=torch.float64), set(self._known)
-        show = shows_progress(self.trainer)
         with isolate_rng():  # a loader draws a seed
             batches = data_of(self.trainer).batches()
-            for batch, is_share in tqdm(batches, desc="Counting tokens", unit="batch", leave=False, disable=not show):
+            for batch, is_share in with_progress(self.trainer, batches, "Counting tokens", "batch"):
                 positions, digests = self._look_at(batch)
                 counts = tokens_per_sample(batch, positions)
                 for row in _unknown(digests, counts, seen):
@@ -350,8 +348,6 @@ class CacheWriter(LightningModule):
         self._bar.close()
         if self._lock is not None:
             folder.give_back(self.path, self._lock)
-
-    # ----------------------------------------------------------------------------------------------------------------
 
 
 def write_cache(writer: CacheWriter, data: Data, trainer: Trainer) -> Path:
