@@ -85,7 +85,7 @@ import akl_lightning.commands, akl_lightning.data.preview, akl_lightning.data.sa
 light = {"lightning", "matplotlib", "torchmetrics", "transformers.modeling_utils"}
 print("light:", *sorted(light & sys.modules.keys()))
 import akl_lightning.cli
-late = {"datasets", "nltk", "openai", "peft", "sacrebleu", "tenacity", "tensorboard", "transformers.modeling_utils"}
+late = {"datasets", "nltk", "openai", "peft", "tenacity", "tensorboard", "transformers.modeling_utils"}
 print("late:", *sorted(late & sys.modules.keys()))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

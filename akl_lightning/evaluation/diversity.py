@@ -5,22 +5,15 @@ Texts are split into words as sacrebleu does by default (the ``13a`` tokenizer o
 
 import statistics
 from collections.abc import Iterable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+_tokenize = Tokenizer13a()
 
 
 def _words(answer: str) -> list[str]:
-    return _tokenizer()(answer).split()
-
-
-@cache
-def _tokenizer() -> "Tokenizer13a":
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a  # every command imports this file
-
-    return Tokenizer13a()
+    return _tokenize(answer).split()
 
 
 def distinct(answers: Iterable[str], n: int) -> float:
@@ -60,8 +53,6 @@ def self_bleu(groups: Iterable[Sequence[str]]) -> float:
     >>> round(self_bleu([["a cat sat", "a cat sat"]]))
     100
     """
-    from sacrebleu.metrics.bleu import BLEU
-
     bleu = BLEU(effective_order=True)
     scores = [
         bleu.sentence_score(answer, [*group[:index], *group[index + 1 :]]).score
