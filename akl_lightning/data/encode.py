@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
-from akl_lightning.data import in_turn, messages, rendering, templates, tokens, turns
+from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
 from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.collate import column
@@ -134,7 +134,7 @@ def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) 
 # --------------------------------------------------------------------------------------------------------------------
 # Where the rows are kept
 
-_PARTS = (_encode, fitting, chats, in_turn, messages, rendering, templates, tokens, turns)
+_PARTS = (_encode, fitting, chats, messages, rendering, templates, tokens, turns)
 _CODE = [inspect.getsource(part) for part in _PARTS]
 
 

@@ -43,9 +43,6 @@ PINNED = date(2024, 7, 26)
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Stand around what a template marks as generated; Unicode keeps these two out of all text."""
 
-BEHIND_MESSAGE = "\ufdd4"
-"""Likewise, behind a message where a template writes one after another."""
-
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
 
