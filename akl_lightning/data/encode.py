@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
-from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
+from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.collate import column
 from akl_lightning.data.lengths import Lengths, fit
