@@ -1,6 +1,7 @@
 """Where the assistant's turns stand in a conversation that a chat template has written."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,8 +26,8 @@ class Turn:
     end: int
     """Behind what ends it."""
 
-    marked: tuple[tuple[int, int], ...] | None = None
-    """What of it the template marks as generated, or None where it marks nothing at all."""
+    learnt: Sequence[tuple[int, int]] = ()
+    """What of it the template marks as generated, or all of it where it marks nothing at all."""
 
     def says(self, whole: str) -> bool:
         """Whether there is more of it than its end, in what the template has written."""
@@ -66,9 +67,8 @@ class Turns:
         for turn, following in pairwise(turns):
             if turn.end > following.start:
                 raise _unclear("two turns of the assistant stand in one another")
-        if marks is not None:
-            for turn in turns:
-                turn.marked = self._within(whole, turn, marks)
+        for turn in turns:
+            turn.learnt = [(turn.start, turn.end)] if marks is None else self._within(whole, turn, marks)
         return turns
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ class Turns:
         return Turn(start, found.start(), found.end()) if found else Turn(start, behind, behind)
 
     @staticmethod
-    def _within(whole: str, turn: Turn, marks: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    def _within(whole: str, turn: Turn, marks: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """What of a turn is marked; where the last mark stands around the content alone, up to the end of the turn."""
         own = [(max(start, turn.start), min(end, turn.end)) for start, end in marks]
         own = [(start, end) for start, end in own if start < end]
         if own and not whole[own[-1][1] : turn.said].strip():
             own[-1] = (own[-1][0], turn.end)
-        return tuple(own)
+        return own
 
     # ----------------------------------------------------------------------------------------------------------------
     # What it writes step by step
