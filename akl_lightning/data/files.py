@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -217,9 +217,9 @@ def _read_csv(path: Path, columns: set[str]) -> Iterator[Found]:
 
 def _read_parquet(path: Path, columns: set[str]) -> Iterator[Found]:
     with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        known = _known(path, names, columns)
-        yield from _rows(path, names, file.iter_batches(1000, columns=known))
+        known = known_columns(path, file.schema_arrow.names, columns)
+        batches = file.iter_batches(1000, columns=known)
+        yield from records_of(path, (row for batch in batches for row in batch.to_pylist()))
 
 
 def _read_arrow(path: Path, columns: set[str]) -> Iterator[Found]:
@@ -230,31 +230,33 @@ def _read_arrow(path: Path, columns: set[str]) -> Iterator[Found]:
         except pa.ArrowInvalid:
             mapped.seek(0)
             batches = file = pa.ipc.open_stream(mapped)
-        known = _known(path, file.schema.names, columns)
+        known = known_columns(path, file.schema.names, columns)
         parts = (batch.slice(start, 1000) for batch in batches for start in range(0, batch.num_rows, 1000))
-        yield from _rows(path, file.schema.names, (part.select(known) for part in parts))
+        yield from records_of(path, (row for part in parts for row in part.select(known).to_pylist()))
 
 
-def _known(path: Path, names: list[str], columns: set[str]) -> list[str]:
+def known_columns(where: Path | str, names: list[str], columns: set[str]) -> list[str]:
+    """Those of some columns that anybody will look at.
+
+    Raises:
+        UsageError: there is none.
+    """
     known = [name for name in names if name in columns]
     if not known:
-        raise UsageError(f"{path} fits no form, its columns are {', '.join(names)}: name them in the source.")
+        raise UsageError(f"{where} fits no form, its columns are {', '.join(names)}: name them in the source.")
     return known
 
 
-def _rows(path: Path, names: list[str], batches: Iterator[pa.RecordBatch]) -> Iterator[Found]:
-    row = 0
-    for batch in batches:
-        for values in batch.to_pylist():
-            yield without_nulls(values), row, f"{path}, row {row}"
-            row += 1
+def records_of(where: Path | str, rows: Iterable[dict[str, Any]]) -> Iterator[Found]:
+    """The rows of columns, without what is null at any depth: it is there only because a column has one type."""
+    for row, values in enumerate(rows):
+        yield _without_nulls(values), row, f"{where}, row {row}"
 
 
-def without_nulls(value: Any) -> Any:
-    """Without those keys that are there only because the rows of a column have one type."""
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path, set[str]], Iterator[Found]]] = {

@@ -4,7 +4,8 @@ import json
 import re
 from typing import Any
 
-from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
+from akl_lightning.data.records import Message
+from akl_lightning.data.rendering import Rendering, SampleError, Written
 
 LITERAL, BEHIND_LITERAL = "\ufdd2", "\ufdd3"
 """Stand around what looks like a special token in what somebody says; Unicode keeps these two out of all text."""
@@ -93,22 +94,16 @@ def literal_ranges(pattern: re.Pattern[str], written: Written) -> list[tuple[int
         SampleError: the template makes something else of such a text.
     """
     said = [written.messages, written.tools]
-    if not _has(pattern, said):
+    marked = _marked(pattern, said)
+    if marked == said:
         return []
-    messages, tools = _marked(pattern, said)
+    messages, tools = marked
     text = written.rendering.text(messages, tools, written.asks)
     if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written.whole:
         raise SampleError("the chat template takes apart what looks like a special token in a content: reword it.")
     found = re.finditer(f"{LITERAL}(.*?){BEHIND_LITERAL}", text, re.DOTALL)
     starts = [(match.start() - 2 * number, len(match[1])) for number, match in enumerate(found)]
     return [(start, start + length) for start, length in starts]
-
-
-def _has(pattern: re.Pattern[str], said: Any) -> bool:
-    if isinstance(said, str):
-        return pattern.search(said) is not None
-    inner = said.values() if isinstance(said, dict) else said if isinstance(said, list) else ()
-    return any(_has(pattern, one) for one in inner)
 
 
 def _marked(pattern: re.Pattern[str], said: Any) -> Any:

@@ -7,11 +7,10 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.compat import compiled_chat_template
+from akl_lightning.data.records import Message
 from akl_lightning.data.templates import pinned_dates, template_text, variables, with_marks
 from akl_lightning.data.tokens import any_of
 from akl_lightning.errors import UsageError
-
-Message = dict[str, Any]
 
 USER, ASSISTANT = "Whereupon?", "Thereupon."
 """Texts that no template has in it, and which it leaves as they are: one word with a stop, a capital first."""
