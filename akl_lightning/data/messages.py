@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from akl_lightning.data.records import Message
+from akl_lightning.data.records import Message, content_text
 from akl_lightning.data.rendering import Rendering, SampleError, Written
 
 LITERAL, BEHIND_LITERAL = "\ufdd2", "\ufdd3"
@@ -45,18 +45,6 @@ def for_template(message: Message, rendering: Rendering, knows_input: bool) -> M
             raise SampleError("the chat template does not write calls of tools: use another one.")
         message["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
     return message
-
-
-def content_text(message: Message) -> str:
-    """What a message says, be it a text, a list of parts or nothing.
-
-    >>> content_text({"content": [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]})
-    'Good day'
-    """
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return "" if content is None else str(content)
 
 
 def thought_of(message: Message) -> str:

@@ -47,21 +47,18 @@ _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
 
 
-def template_text(template: str | None, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
+def template_text(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
     """The Jinja text of a template, with today's date pinned.
 
     Args:
         template: ``chat`` for the tokenizer's own, ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file
-            with one, or a format string with ``{instruction}`` and perhaps ``{input}``. None for the tokenizer's own,
-            or ``plain`` where it has none.
+            with one, or a format string with ``{instruction}`` and perhaps ``{input}``.
         tokenizer: whose chat template, and which tokens there are.
         with_tools: take the one for tools, where the tokenizer has several.
 
     Raises:
         UsageError: none of these, a file that cannot be read, or a tokenizer without the one that is asked for.
     """
-    if template is None:
-        template = CHAT if tokenizer.chat_template else "plain"
     if template == CHAT:
         if not tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template: use the template plain or alpaca, or another one.")

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from akl_lightning.data.messages import content_text
-from akl_lightning.data.records import Message
+from akl_lightning.data.records import Message, content_text
 from akl_lightning.data.rendering import Rendering, SampleError, Written
 from akl_lightning.data.templates import CLOSE, OPEN
 
