@@ -170,6 +170,8 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
                 if ended or not (error.msg.startswith("Unterminated") or error.pos > len(buffer) - 16):
                     raise refuse(error.msg) from error
                 more()
+            except ValueError as error:  # a number of thousands of digits
+                raise refuse(error) from error
 
     def refuse(reason: object) -> UsageError:
         return UsageError(f"{path}, line {line} is no JSON in UTF-8 ({reason}): mend the array.")
@@ -190,7 +192,7 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
         at += 1
         if found := behind_blanks():
             raise refuse(f"{found!r} stands behind the array")
-    except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, many brackets
+    except (UnicodeDecodeError, RecursionError) as error:
         raise refuse(error) from error
 
 

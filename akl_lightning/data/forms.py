@@ -95,14 +95,14 @@ class Forms:
         """
         one = _Record(self, record, where, notes)
         try:
-            form = one.form()
+            form, asked, reply = one.form()
             if form == "text":
                 text = one.text(self.names["text"], one.given[self.names["text"]])
                 if not text.strip():
                     notes["dropped, without a text"] += 1
                     return None
                 return document(text, file, line)
-            messages, references, wants_response = one.conversation(form)
+            messages, references, wants_response = one.conversation(form, asked, reply)
             if not any(_says(message) for message in messages if message["role"] != "assistant"):
                 notes["dropped, without a prompt"] += 1
                 return None
@@ -131,34 +131,43 @@ class _Record:
         self.where = where
         self.notes = notes
 
-    def form(self) -> str:
+    def form(self) -> tuple[str, str | None, str | None]:
+        """The form, the field of what is asked or said as a whole, and the field of the reply; None where it has none.
+
+        Of all forms whose fields are there it is the first.
+        """
         names, given = self.names, self.given
-        messages, text, pair = names["messages"], names["text"], [names["instruction"], names["output"]]
+        messages, text, instruction, output = (names[name] for name in ("messages", "text", "instruction", "output"))
         # As akl generate writes a conversation: it is its own instruction.
-        answered = messages in given and names["instruction"] == "instruction"
-        forms = [
-            ("instruction", pair, self.forms.pair_is_named and not answered),
-            ("messages", [messages], messages in self.forms.alone),
-            ("conversations", ["conversations"], True),
-            ("prompt_completion", ["prompt", self.completion], True),
-            ("preference", ["prompt", "chosen"], True),
-            ("instruction", pair, True),
-            ("preference", [names["instruction"], "chosen"], True),
-            ("preference", ["chosen"], True),
-            ("text", [text], text in self.forms.alone),
-            ("prompt", ["prompt"], True),
-            ("prompt", [names["instruction"]], True),
+        answered = messages in given and instruction == "instruction"
+        forms: list[tuple[str, str | None, str | None, bool]] = [
+            ("instruction", instruction, output, self.forms.pair_is_named and not answered),
+            ("messages", messages, None, messages in self.forms.alone),
+            ("conversations", "conversations", None, True),
+            ("prompt_completion", "prompt", self.completion, True),
+            ("preference", "prompt", "chosen", True),
+            ("instruction", instruction, output, True),
+            ("preference", instruction, "chosen", True),
+            ("preference", None, "chosen", True),
+            ("text", text, None, text in self.forms.alone),
+            ("prompt", "prompt", None, True),
+            ("prompt", instruction, None, True),
         ]
-        fits = [(form, used) for form, used, may_be in forms if may_be and given.keys() >= set(used)]
+        fits = [
+            (form, asked, reply)
+            for form, asked, reply, may_be in forms
+            if may_be and given.keys() >= {asked, reply} - {None}
+        ]
         if not fits:
             self.refuse(f"fits no form, its fields are {', '.join(map(str, given)) or 'none'}: name them in the source")
-        form, used = fits[0]
+        form, asked, reply = fits[0]
+        used = [name for name in (asked, reply) if name is not None]
         if form in ("text", "prompt"):
             self.expect_no_reply(used[0], used)
         for name in self.forms.mains:
             if name in given and name not in used and form not in ("messages", "conversations"):
                 self.left(name, used[0])
-        return form
+        return form, asked, reply
 
     @property
     def completion(self) -> str:
@@ -177,49 +186,39 @@ class _Record:
                 "fields in the source"
             )
 
-    def conversation(self, form: str) -> tuple[list[Message], list[str], bool]:
+    def conversation(self, form: str, asked: str | None, reply: str | None) -> tuple[list[Message], list[str], bool]:
         """Messages, the acceptable last responses, and whether the response that should be there is not."""
-        names, given = self.names, self.given
-        if "rejected" in given:
+        if "rejected" in self.given:
             self.notes["have a rejected response, which is left"] += 1
-        references: list[str] = []
-        wants_response = False
-        if form in ("messages", "conversations"):
-            field = names["messages"] if form == "messages" else form
-            messages = self.messages(field, given[field])
-            is_prompt = bool(messages) and messages[-1]["role"] != "assistant"
-            replies = ("chosen", "completion", names["output"])
-            reply = next((name for name in replies if is_prompt and name in given), None)
-            if reply is not None:
-                response, references = self.responses(reply)
-                messages += response
-                wants_response = not response
-            elif is_prompt:
-                self.expect_no_reply(field, [field])
-            for name in (*self.forms.mains, "history"):
-                if name in given and name not in (field, reply) and not (reply and name == names["instruction"]):
-                    self.left(name, field)
+        if asked is not None and form in ("messages", "conversations"):
+            messages = self.messages(asked, self.given[asked])
+            reply = self.reply_to(messages, asked)
         else:
-            messages = self.prompt(form)
-            reply = {"instruction": names["output"], "prompt_completion": self.completion, "preference": "chosen"}.get(
-                form
-            )
-            if reply is not None:
-                responses, references = self.responses(reply)
-                wants_response = not responses
-                if form == "preference" and responses and responses[0]["role"] != "assistant":
-                    messages = self.whole(messages, responses)
-                else:
-                    if form == "preference" and not messages:
-                        self.refuse("has a chosen response without a prompt: add the field 'prompt'")
-                    messages += responses
-        return self.with_system(messages), references, wants_response
+            messages = [] if asked is None else self.prompt(asked)
+        responses, references = ([], []) if reply is None else self.responses(reply)
+        if form == "preference" and responses and responses[0]["role"] != "assistant":
+            messages = self.whole(messages, responses)
+        elif form == "preference" and not messages:
+            self.refuse("has a chosen response without a prompt: add the field 'prompt'")
+        else:
+            messages += responses
+        return self.with_system(messages), references, reply is not None and not responses
 
-    def prompt(self, form: str) -> list[Message]:
+    def reply_to(self, messages: list[Message], field: str) -> str | None:
+        """The field with what answers messages that end with a prompt, if there is one; what is left is counted."""
+        is_prompt = bool(messages) and messages[-1]["role"] != "assistant"
+        replies = ("chosen", "completion", self.names["output"])
+        reply = next((name for name in replies if is_prompt and name in self.given), None)
+        if is_prompt and reply is None:
+            self.expect_no_reply(field, [field])
+        for name in (*self.forms.mains, "history"):
+            own = name in (field, reply) or (reply is not None and name == self.names["instruction"])
+            if name in self.given and not own:
+                self.left(name, field)
+        return reply
+
+    def prompt(self, field: str) -> list[Message]:
         names, given = self.names, self.given
-        field = names["instruction"] if form == "instruction" or "prompt" not in given else "prompt"
-        if field not in given:
-            return []
         if isinstance(given[field], list):
             for name in ("history", names["input"]):
                 if name in given:
@@ -240,9 +239,7 @@ class _Record:
 
     def responses(self, field: str) -> tuple[list[Message], list[str]]:
         """The messages of a response, and the texts that would do where it is a list of them."""
-        value = self.given.get(field)
-        if value is None:
-            return [], []
+        value = self.given[field]
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
             messages = self.messages(field, [value] if isinstance(value, dict) else value)
             if messages[-1]["role"] != "assistant":

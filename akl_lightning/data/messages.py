@@ -6,9 +6,7 @@ from typing import Any
 
 from akl_lightning.data.records import Message, content_text
 from akl_lightning.data.rendering import Rendering, SampleError, Written
-
-LITERAL, BEHIND_LITERAL = "\ufdd2", "\ufdd3"
-"""Stand around what looks like a special token in what somebody says; Unicode keeps these two out of all text."""
+from akl_lightning.data.templates import CLOSE, OPEN, marked_ranges
 
 
 def is_learnt(message: Message) -> bool:
@@ -86,17 +84,15 @@ def literal_ranges(pattern: re.Pattern[str], written: Written) -> list[tuple[int
     if marked == said:
         return []
     messages, tools = marked
-    text = written.rendering.text(messages, tools, written.asks)
-    if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written.whole:
+    found = marked_ranges(written.rendering.text(messages, tools, written.asks), written.whole)
+    if found is None:
         raise SampleError("the chat template takes apart what looks like a special token in a content: reword it.")
-    found = re.finditer(f"{LITERAL}(.*?){BEHIND_LITERAL}", text, re.DOTALL)
-    starts = [(match.start() - 2 * number, len(match[1])) for number, match in enumerate(found)]
-    return [(start, start + length) for start, length in starts]
+    return found
 
 
 def _marked(pattern: re.Pattern[str], said: Any) -> Any:
     if isinstance(said, str):
-        return pattern.sub(rf"{LITERAL}\g<0>{BEHIND_LITERAL}", said)
+        return pattern.sub(rf"{OPEN}\g<0>{CLOSE}", said)
     if isinstance(said, dict):
         return {key: _marked(pattern, inner) for key, inner in said.items()}
     return [_marked(pattern, inner) for inner in said] if isinstance(said, list) else said
