@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from akl_lightning.data.cached import content_of, key_of, map_tables
 from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.collate import NO_TURN, TEACHER
-from akl_lightning.data.messages import content_text
+from akl_lightning.data.records import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.rank_zero import rank_zero_info
 from akl_lightning.tokenizers import alignment
@@ -137,21 +137,18 @@ class Pairing:
         texts = [content_text(message) for message in messages if message["role"] == "assistant"]
         mine = _by_turn(list(zip(row["spans"][::2], row["spans"][1::2], strict=True)), row["turns"])
         yours = _by_turn(other.spans, other.turns)
-        aligned: list[int] = []
+        learnt = [number for numbers in mine.values() for number in numbers]
+        if not messages:  # the block's first token is the last of the one before, and not learnt
+            texts = [self._record(row)["text"]]
+            mine, yours = {0: [*range(len(row["input_ids"]))]}, {0: [*range(len(other.input_ids))]}
+        places: dict[int, int] = {}
         for turn, numbers in mine.items():
-            if messages:
-                if turn not in yours:
-                    aligned += [NONE] * len(numbers)
-                    continue
+            if turn in yours:
                 found = self._align(row["input_ids"], numbers, other.input_ids, yours[turn], texts[turn])
-            else:  # the block's first token is the last of the one before, and not learnt
-                whole = range(len(row["input_ids"]))
-                text = self._record(row)["text"]
-                found = self._align(row["input_ids"], whole, other.input_ids, range(len(other.input_ids)), text)
-                found = found and [found[number] for number in numbers]
-            if found is None:
-                return self._why(row, texts[turn] if messages else "")
-            aligned += found
+                if found is None:
+                    return self._why(texts[turn])
+                places |= zip(numbers, found, strict=True)
+        aligned = [places.get(number, NONE) for number in learnt]
         return self._cut(other.input_ids, other.spans, other.turns, aligned)
 
     def _cut(
@@ -184,7 +181,7 @@ class Pairing:
         found = align(student, teacher, text)
         return found and [NONE if number == NONE else others[number] for number in found]
 
-    def _why(self, row: Mapping[str, Any], text: str) -> str:
+    def _why(self, text: str) -> str:
         says = [side.encode(text) and side.join(side.encode(text)).strip() for side in (self.student, self.teacher)]
         whose = [role for role, said in zip(("student", "teacher"), says, strict=True) if said != text.encode().strip()]
         if whose:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
+from akl_lightning.data.messages import for_template, is_learnt, literal_ranges, thought_of
+from akl_lightning.data.records import content_text
 from akl_lightning.data.rendering import Rendering, SampleError, Written
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
@@ -123,15 +124,13 @@ class Chat:
         special_tokens_in_content: bool = False,
     ) -> None:
         self._is_given = template not in (None, CHAT)
-        if template is None:
-            template = CHAT if tokenizer.chat_template else "plain"
         self.tokenizer = tokenizer
-        self.template = template
         self.arguments = dict(arguments or {})
         self.learn = learn
         self.special_tokens_in_content = special_tokens_in_content
         self.rendering = Rendering(tokenizer, template, arguments)
         """The template, and what was found out about it."""
+        self.template = template = self.rendering.template
         self._turns = Turns(self.rendering)
         self._tokenize = Tokenize(tokenizer)
         # A tokenizer's own template writes the beginning itself, or means none.

@@ -143,7 +143,6 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
     """The elements of an array and the lines that they begin on, with no more of it in memory than one needs."""
     decoder, reader = json.JSONDecoder(), codecs.getreader("utf-8")(file)
     buffer, at, line, ended = "", 0, 1, False
-    expected = "["
 
     def more() -> None:
         nonlocal buffer, at, ended
@@ -151,42 +150,48 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
         read = reader.read(max(_CHUNK, len(buffer) - at))
         buffer, at, ended = buffer[at:] + read, 0, not read
 
-    def refuse(reason: object) -> UsageError:
-        return UsageError(f"{path}, line {line} is no JSON in UTF-8 ({reason}): mend the array.")
-
-    try:
+    def behind_blanks() -> str:
+        """The character that stands there, empty at the end of the file."""
+        nonlocal at, line
         while True:
             begins = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]  # it matches nothing, too
             line += buffer.count("\n", at, begins)
             at = begins
-            if at == len(buffer):
-                if ended:
-                    if expected:
-                        raise refuse("it ends early")
-                    return
-                more()
-                continue
-            if expected in ("[", ",") or buffer[at] == "]":
-                if not expected or buffer[at] not in expected + ("]" if expected != "[" else ""):
-                    raise refuse(f"{buffer[at]!r} stands where {expected or 'nothing'} should")
-                expected = "" if buffer[at] == "]" else "value"
-                at += 1
-                continue
-            if not expected:
-                raise refuse(f"{buffer[at]!r} stands behind the array")
+            if at < len(buffer) or ended:
+                return buffer[at : at + 1]
+            more()
+
+    def element() -> tuple[Any, int]:
+        while True:
             try:
-                value, end = decoder.raw_decode(buffer, at)
+                return decoder.raw_decode(buffer, at)
             except json.JSONDecodeError as error:
                 # An element that goes on behind the buffer fails at its end, or where its last string begins.
                 if ended or not (error.msg.startswith("Unterminated") or error.pos > len(buffer) - 16):
                     raise refuse(error.msg) from error
                 more()
-                continue
             except ValueError as error:  # a number of thousands of digits
                 raise refuse(error) from error
+
+    def refuse(reason: object) -> UsageError:
+        return UsageError(f"{path}, line {line} is no JSON in UTF-8 ({reason}): mend the array.")
+
+    try:
+        behind_blanks()
+        at += 1  # the bracket that it begins with
+        while (found := behind_blanks()) != "]":
+            if not found:
+                raise refuse("it ends early")
+            value, end = element()
             yield value, line
             line += buffer.count("\n", at, end)
-            at, expected = end, ","
+            at = end
+            if (found := behind_blanks()) not in (",", "]", ""):
+                raise refuse(f"{found!r} stands where , should")
+            at += found == ","
+        at += 1
+        if found := behind_blanks():
+            raise refuse(f"{found!r} stands behind the array")
     except (UnicodeDecodeError, RecursionError) as error:
         raise refuse(error) from error
 

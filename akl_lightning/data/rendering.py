@@ -7,8 +7,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.compat import compiled_chat_template
-from akl_lightning.data.records import Message
-from akl_lightning.data.templates import pinned_dates, template_text, variables, with_marks
+from akl_lightning.data.records import Message, content_text
+from akl_lightning.data.templates import CHAT, pinned_dates, template_text, variables, with_marks
 from akl_lightning.data.tokens import any_of
 from akl_lightning.errors import UsageError
 
@@ -35,7 +35,8 @@ class Rendering:
 
     Args:
         tokenizer: the tokenizer; its special tokens are known to the template.
-        template: as :func:`~akl_lightning.data.templates.template_text` takes it.
+        template: as :func:`~akl_lightning.data.templates.template_text` takes it; None for the tokenizer's own, or
+            ``plain`` where it has none.
         arguments: further variables of the template.
 
     Raises:
@@ -79,6 +80,8 @@ class Rendering:
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        if template is None:
+            template = CHAT if tokenizer.chat_template else "plain"
         self.template = template
         self.arguments = dict(arguments or {})
         self._text = template_text(template, tokenizer)
@@ -128,8 +131,8 @@ class Rendering:
                 return compiled.render(given, messages=[{"content": "", **message} for message in said])
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            asked = next((_words(message) for message in messages if message.get("role") == "user"), "")
-            whose = "the tokenizer's chat template" if self.template in (None, "chat") else "the chat template"
+            asked = next((content_text(message) for message in messages if message.get("role") == "user"), "")
+            whose = "the tokenizer's chat template" if self.template == CHAT else "the chat template"
             raise SampleError(
                 f"{whose} fails on the prompt {asked[:40]!r} ({reason}): mend it, or use the template plain or alpaca, "
                 "or another one."
@@ -273,10 +276,3 @@ def _with_thought(message: Message) -> Message:
     """A message with what the assistant thinks under each name by which templates read it."""
     thoughts = [message[name] for name in THOUGHTS if message.get(name) is not None]
     return {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]} if thoughts else message
-
-
-def _words(message: Message) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)

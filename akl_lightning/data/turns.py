@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from akl_lightning.data.messages import content_text
-from akl_lightning.data.records import Message
+from akl_lightning.data.records import Message, content_text
 from akl_lightning.data.rendering import Rendering, SampleError, Written
-from akl_lightning.data.templates import CLOSE, OPEN
+from akl_lightning.data.templates import CLOSE, OPEN, marked_ranges
 
 SPOT = "Whereto?"
 """Stands for the content of the message behind a turn."""
@@ -76,14 +75,9 @@ class Turns:
     # What the template marks
 
     def _marks(self, written: Written) -> list[tuple[int, int]] | None:
+        """What it marks; None without marks, or where it looks at what is in between."""
         text = self.rendering.marked(written.messages, written.tools)
-        if text is None or text.replace(OPEN, "").replace(CLOSE, "") != written.whole:
-            return None  # no marks, or ones that the template looks at what is in between
-        marks = []
-        for number, piece in enumerate(re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", text)):
-            start = piece.start() - 2 * number
-            marks.append((start, start + len(piece[1])))
-        return marks
+        return None if text is None else marked_ranges(text, written.whole)
 
     def _of_mark(self, whole: str, mark: tuple[int, int]) -> Turn:
         """A turn of which nothing is known but its mark."""
@@ -159,13 +153,9 @@ class Turns:
         if core:
             before, behind = content[: content.find(core)], content[content.find(core) + len(core) :]
             other = self._replaced(written.messages, index, f"{before}{OPEN}{core}{CLOSE}{behind}")
-            text = self.rendering.text(other, written.tools)
-            if (
-                text.replace(OPEN, "").replace(CLOSE, "") == written.whole
-                and text.count(OPEN) == text.count(CLOSE) == 1
-            ):
-                start = text.find(OPEN)
-                return start, start + len(core)
+            found = marked_ranges(self.rendering.text(other, written.tools), written.whole)
+            if found and len(found) == 1:
+                return found[0]
         raise _unclear("it writes earlier turns anew when the conversation goes on")
 
     def _stop(self, written: Written, index: int) -> int:
