@@ -75,7 +75,8 @@ class Encoded(Noticed):
 class _Plan(Noticed):
     """A record that waits to be tokenized; all places are characters."""
 
-    whole: Text
+    texts: list[Text]
+    """All of it; and its prompt once more, where it does not begin with that."""
     lead: list[int]
     """Tokens that begin it, where it does not begin with them itself."""
     spans: list[Range]
@@ -83,15 +84,13 @@ class _Plan(Noticed):
     starts: list[int] = field(default_factory=list)
     prompt: str = ""
     prompt_end: int | None = None
-    """How much of the whole is the prompt, where it begins with it."""
-    apart: Text | None = None
-    """The prompt once more, where it does not."""
+    """How much of it is the prompt, where it begins with that."""
     ends: bool = False
     """Whether the end-of-text token comes behind it."""
 
     def __post_init__(self) -> None:
         prompt = [] if self.prompt_end is None else [self.prompt_end]
-        self.whole.asked = [*self.starts, *prompt, *(place for span in self.spans for place in span)]
+        self.texts[0].asked = [*self.starts, *prompt, *(place for span in self.spans for place in span)]
 
 
 class Chat:
@@ -216,12 +215,9 @@ class Chat:
                 where = f"{record['file']}, line {record['line']}: " if record.get("file") else ""
                 plans.append(SampleError(f"{where}{error}"))
         good = [plan for plan in plans if isinstance(plan, _Plan)]
-        whole = iter(self._tokenize.many([plan.whole for plan in good]))
-        prompts = iter(self._tokenize.many([plan.apart for plan in good if plan.apart is not None]))
+        tokens = iter(self._tokenize.many([text for plan in good for text in plan.texts]))
         return [
-            plan
-            if isinstance(plan, SampleError)
-            else self._encoded(plan, next(whole), None if plan.apart is None else next(prompts))
+            plan if isinstance(plan, SampleError) else self._encoded(plan, *(next(tokens) for _ in plan.texts))
             for plan in plans
         ]
 
@@ -240,7 +236,7 @@ class Chat:
         if record["text"]:
             text, pattern = record["text"], self._tokenize.special_pattern
             literal = [] if self.special_tokens_in_content else [found.span() for found in pattern.finditer(text)]
-            return _Plan(Text(text, literal=literal), self._tokenize.lead, [(0, len(text))], [0], ends=ends)
+            return _Plan([Text(text, literal=literal)], self._tokenize.lead, [(0, len(text))], [0], ends=ends)
         messages = json.loads(record["messages"])
         learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
         messages = [for_template(message, self.rendering, self._own_input) for message in messages]
@@ -257,7 +253,7 @@ class Chat:
             turns = []
         prompt = written.whole
         return _Plan(
-            Text(prompt, literal=self._literal(written)),
+            [Text(prompt, literal=self._literal(written))],
             self._lead,
             spans=[],
             turns=[],
@@ -296,16 +292,17 @@ class Chat:
                 (turn.start, min(turn.end, stop)) for turn, learn in zip(turns, learnt, strict=True) if not learn
             ]
             spans = [(0, start, end) for start, end in _others(left_out, 0, stop)]  # pieces, not turns
-        apart = None if goes_on else Written(rendering, before, written.tools, asks=True)
+        texts = [Text(whole[:stop], [cut for cut in cuts if cut < stop], literal=self._literal(written))]
+        if not goes_on:
+            texts.append(Text(prompt, literal=self._literal(Written(rendering, before, written.tools, asks=True))))
         return _Plan(
-            Text(whole[:stop], [cut for cut in cuts if cut < stop], literal=self._literal(written)),
+            texts,
             self._lead,
             spans=[(start, end) for _, start, end in spans],
             turns=[number for number, _, _ in spans],
             starts=self._starts(written, turns),
             prompt=prompt,
             prompt_end=last.start if goes_on else None,
-            apart=None if apart is None else Text(prompt, literal=self._literal(apart)),
             ends=ends and not rendering.ends,
             thoughts_left_out=_thoughts_left_out(written, turns),
         )
@@ -342,7 +339,7 @@ class Chat:
     # ----------------------------------------------------------------------------------------------------------------
     # Behind the tokens
 
-    def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None) -> Encoded:
+    def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None = None) -> Encoded:
         ids = _begun(tokens.ids, plan.lead)
         shift = len(ids) - len(tokens.ids)
         at = {place: index + shift for place, index in tokens.at.items()}
