@@ -90,7 +90,8 @@ class _Plan(Noticed):
 
     def __post_init__(self) -> None:
         prompt = [] if self.prompt_end is None else [self.prompt_end]
-        self.texts[0].asked = [*self.starts, *prompt, *(place for span in self.spans for place in span)]
+        spans = [place for span in self.spans for place in span]
+        self.texts[0].asked = [*self.texts[0].asked, *self.starts, *prompt, *spans]
 
 
 class Chat:
@@ -287,12 +288,13 @@ class Chat:
         # Where no token ends a turn, the next one is not to reach into it.
         cuts = [start for _, start, _ in spans] + ([] if rendering.ends else [end for _, _, end in spans])
         cuts += [last.start] if goes_on else []
+        left_out = [(turn.start, min(turn.end, stop)) for turn, learn in zip(turns, learnt, strict=True) if not learn]
         if self.learn == "everything":
-            left_out = [
-                (turn.start, min(turn.end, stop)) for turn, learn in zip(turns, learnt, strict=True) if not learn
-            ]
             spans = [(0, start, end) for start, end in _others(left_out, 0, stop)]  # pieces, not turns
-        texts = [Text(whole[:stop], [cut for cut in cuts if cut < stop], literal=self._literal(written))]
+        # What is tokenized in pieces is cut at these, too: else the tokens of some samples would not be those that a
+        # teacher's cache was written for.
+        asked = [edge for turn in left_out for edge in turn]
+        texts = [Text(whole[:stop], [cut for cut in cuts if cut < stop], asked, self._literal(written))]
         if not goes_on:
             texts.append(Text(prompt, literal=self._literal(Written(rendering, before, written.tools, asks=True))))
         return _Plan(
