@@ -1,14 +1,14 @@
 """The teacher's side of tokenized samples, where its tokenizer is not the student's."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from akl_lightning.data.cached import content_of, key_of, map_tables
 from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.collate import NO_TURN, TEACHER
-from akl_lightning.data.messages import content_text
+from akl_lightning.data.records import content_text
 from akl_lightning.errors import UsageError
 from akl_lightning.rank_zero import rank_zero_info
 from akl_lightning.tokenizers import alignment
@@ -18,14 +18,13 @@ from akl_lightning.tokenizers.bytes import TokenBytes
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 COLUMNS = (*TEACHER, "not_aligned")
 """What a tokenized split gets."""
 
 _READ = ("messages", "tools", "cut", "file", "line", "input_ids", "spans", "turns")
 """Columns of a split that its other side depends on."""
-
-_CODE = [inspect.getsource(part) for part in (alignment, bytes_)]
 
 REFUSED = 0.05
 """Share of samples that may be said otherwise by the teacher's tokenizer, and be dropped for that."""
@@ -138,21 +137,18 @@ class Pairing:
         texts = [content_text(message) for message in messages if message["role"] == "assistant"]
         mine = _by_turn(list(zip(row["spans"][::2], row["spans"][1::2], strict=True)), row["turns"])
         yours = _by_turn(other.spans, other.turns)
-        aligned: list[int] = []
+        learnt = [number for numbers in mine.values() for number in numbers]
+        if not messages:  # the block's first token is the last of the one before, and not learnt
+            texts = [self._record(row)["text"]]
+            mine, yours = {0: [*range(len(row["input_ids"]))]}, {0: [*range(len(other.input_ids))]}
+        places: dict[int, int] = {}
         for turn, numbers in mine.items():
-            if messages:
-                if turn not in yours:
-                    aligned += [NONE] * len(numbers)
-                    continue
+            if turn in yours:
                 found = self._align(row["input_ids"], numbers, other.input_ids, yours[turn], texts[turn])
-            else:  # the block's first token is the last of the one before, and not learnt
-                whole = range(len(row["input_ids"]))
-                text = self._record(row)["text"]
-                found = self._align(row["input_ids"], whole, other.input_ids, range(len(other.input_ids)), text)
-                found = found and [found[number] for number in numbers]
-            if found is None:
-                return self._why(row, texts[turn] if messages else "")
-            aligned += found
+                if found is None:
+                    return self._why(texts[turn])
+                places |= zip(numbers, found, strict=True)
+        aligned = [places.get(number, NONE) for number in learnt]
         return self._cut(other.input_ids, other.spans, other.turns, aligned)
 
     def _cut(
@@ -185,7 +181,7 @@ class Pairing:
         found = align(student, teacher, text)
         return found and [NONE if number == NONE else others[number] for number in found]
 
-    def _why(self, row: Mapping[str, Any], text: str) -> str:
+    def _why(self, text: str) -> str:
         says = [side.encode(text) and side.join(side.encode(text)).strip() for side in (self.student, self.teacher)]
         whose = [role for role, said in zip(("student", "teacher"), says, strict=True) if said != text.encode().strip()]
         if whose:
@@ -245,44 +241,31 @@ def align_splits(
 def _written(rows: "datasets.Dataset", split: str, pairing: Pairing, num_proc: int) -> "datasets.Dataset":
     import datasets
 
-    from akl_lightning.data.encode import cache_file, content_of
-
     if set(COLUMNS) <= set(rows.column_names):  # of another teacher
         rows = rows.remove_columns(list(COLUMNS))
     of_teacher = {name: datasets.List(datasets.Value("int32")) for name in TEACHER}
     features = datasets.Features({**rows.features, **of_teacher, "not_aligned": datasets.Value("string")})
     if not len(rows):
         return datasets.Dataset.from_dict({name: [] for name in features}, features)
-    depends_on = [
-        content_of(rows, _READ)[0],
-        pairing.digest,
-        *COLUMNS,
-        *_CODE,
-    ]
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    return rows.map(
-        _pair_columns,
-        batched=True,
-        fn_kwargs={"pairing": pairing},
-        num_proc=min(num_proc, len(rows) // 1000) or None,
-        cache_file_name=cache_file(key),
-        new_fingerprint=key[:32],
-        features=features,
-        desc=f"Aligning {split}",
-    )
+    key = key_of([content_of(rows, _READ)[0], pairing.digest, COLUMNS], (alignment, bytes_))
+    return map_tables(rows, _with_sides, {"pairing": pairing}, key, features, num_proc, f"Aligning {split}")
 
 
 # A function of its arguments alone, which name the file that its result is cached in.
-def _pair_columns(rows: Mapping[str, Sequence[Any]], pairing: Pairing) -> dict[str, list[Any]]:
-    sides = pairing.rows([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+def _with_sides(rows: "pa.Table", pairing: Pairing) -> "pa.Table":
+    import pyarrow as pa
+
+    sides = pairing.rows(rows.select(_READ).to_pylist())
     good = [side if isinstance(side, TeacherSide) else TeacherSide([], [], [], []) for side in sides]
-    return {
+    of_teacher = {
         "teacher_input_ids": [side.input_ids for side in good],
         "teacher_spans": [[place for span in side.spans for place in span] for side in good],
         "teacher_turns": [side.turns for side in good],
         "aligned": [side.aligned for side in good],
-        "not_aligned": [side if isinstance(side, str) else "" for side in sides],
     }
+    for name, values in of_teacher.items():
+        rows = rows.append_column(name, pa.array(values, pa.list_(pa.int32())))
+    return rows.append_column("not_aligned", pa.array([side if isinstance(side, str) else "" for side in sides]))
 
 
 def _aligned_alone(rows: "datasets.Dataset", split: str, refused: Sequence[str]) -> "datasets.Dataset":

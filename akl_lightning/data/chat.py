@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.messages import content_text, for_template, is_learnt, literal_ranges, thought_of
+from akl_lightning.data.messages import for_template, is_learnt, literal_ranges, thought_of
+from akl_lightning.data.records import content_text
 from akl_lightning.data.rendering import Rendering, SampleError, Written
 from akl_lightning.data.templates import CHAT, PINNED, TEMPLATES, is_format, with_defaults
 from akl_lightning.data.tokens import Range, Text, Tokenize, Tokens
@@ -74,21 +75,23 @@ class Encoded(Noticed):
 class _Plan(Noticed):
     """A record that waits to be tokenized; all places are characters."""
 
-    whole: Text
-    spans: list[Range] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    left_out: list[Range] = field(default_factory=list)
-    """What is not to be learnt even where everything is."""
+    texts: list[Text]
+    """All of it; and its prompt once more, where it does not begin with that."""
+    lead: list[int]
+    """Tokens that begin it, where it does not begin with them itself."""
+    spans: list[Range]
+    turns: list[int]
     starts: list[int] = field(default_factory=list)
     prompt: str = ""
     prompt_end: int | None = None
-    """Where the whole begins with the prompt, how much of it that is."""
-    apart: Text | None = None
-    """The prompt once more, where it does not."""
+    """How much of it is the prompt, where it begins with that."""
     ends: bool = False
     """Whether the end-of-text token comes behind it."""
-    answered: bool = False
-    document: bool = False
+
+    def __post_init__(self) -> None:
+        prompt = [] if self.prompt_end is None else [self.prompt_end]
+        spans = [place for span in self.spans for place in span]
+        self.texts[0].asked = [*self.texts[0].asked, *self.starts, *prompt, *spans]
 
 
 class Chat:
@@ -121,15 +124,13 @@ class Chat:
         special_tokens_in_content: bool = False,
     ) -> None:
         self._is_given = template not in (None, CHAT)
-        if template is None:
-            template = CHAT if tokenizer.chat_template else "plain"
         self.tokenizer = tokenizer
-        self.template = template
         self.arguments = dict(arguments or {})
         self.learn = learn
         self.special_tokens_in_content = special_tokens_in_content
         self.rendering = Rendering(tokenizer, template, arguments)
         """The template, and what was found out about it."""
+        self.template = template = self.rendering.template
         self._turns = Turns(self.rendering)
         self._tokenize = Tokenize(tokenizer)
         # A tokenizer's own template writes the beginning itself, or means none.
@@ -221,14 +222,9 @@ class Chat:
                 where = f"{record['file']}, line {record['line']}: " if record.get("file") else ""
                 plans.append(SampleError(f"{where}{error}"))
         good = [plan for plan in plans if isinstance(plan, _Plan)]
-        behind = [[*plan.starts, *(place for span in [*plan.spans, *plan.left_out] for place in span)] for plan in good]
-        whole = iter(self._tokenize.many([plan.whole for plan in good], behind))
-        apart = [plan.apart for plan in good if plan.apart is not None]
-        prompts = iter(self._tokenize.many(apart, [()] * len(apart)))
+        tokens = iter(self._tokenize.many([text for plan in good for text in plan.texts]))
         return [
-            plan
-            if isinstance(plan, SampleError)
-            else self._encoded(plan, next(whole), None if plan.apart is None else next(prompts))
+            plan if isinstance(plan, SampleError) else self._encoded(plan, *(next(tokens) for _ in plan.texts))
             for plan in plans
         ]
 
@@ -247,7 +243,7 @@ class Chat:
         if record["text"]:
             text, pattern = record["text"], self._tokenize.special_pattern
             literal = [] if self.special_tokens_in_content else [found.span() for found in pattern.finditer(text)]
-            return _Plan(Text(text, literal=literal), [(0, len(text))], [0], ends=ends, document=True)
+            return _Plan([Text(text, literal=literal)], self._tokenize.lead, [(0, len(text))], [0], ends=ends)
         messages = json.loads(record["messages"])
         learnt = [is_learnt(message) for message in messages if message["role"] == "assistant"]
         messages = [for_template(message, self.rendering, self._own_input) for message in messages]
@@ -264,7 +260,10 @@ class Chat:
             turns = []
         prompt = written.whole
         return _Plan(
-            Text(prompt, literal=self._literal(written)),
+            [Text(prompt, literal=self._literal(written))],
+            self._lead,
+            spans=[],
+            turns=[],
             starts=self._starts(written, turns),
             prompt=prompt,
             prompt_end=len(prompt),
@@ -285,29 +284,34 @@ class Chat:
         if self.learn == "last_turn":
             learnt = [False] * (len(turns) - 1) + learnt[-1:]
         stop = len(whole) if ends and rendering.ends else last.end if ends else last.said
-        spans, numbers = [], []
-        left_out = [(turn.start, turn.end) for turn, learn in zip(turns, learnt, strict=True) if not learn]
-        for number, turn in enumerate(turns):
-            marked = ((turn.start, turn.end),) if turn.marked is None else turn.marked
-            own = [(start, min(end, stop)) for start, end in marked]
-            spans += own if learnt[number] else []
-            numbers += [number] * len(own) if learnt[number] else []
+        spans = [
+            (number, start, min(end, stop))
+            for number, (turn, learn) in enumerate(zip(turns, learnt, strict=True))
+            for start, end in turn.learnt
+            if learn
+        ]
         goes_on = prompt == whole[: last.start]
         # Where no token ends a turn, the next one is not to reach into it.
-        cuts = [start for start, _ in spans] + ([] if rendering.ends else [end for _, end in spans])
+        cuts = [start for _, start, _ in spans] + ([] if rendering.ends else [end for _, _, end in spans])
         cuts += [last.start] if goes_on else []
-        apart = None if goes_on else Written(rendering, before, written.tools, asks=True)
+        left_out = [(turn.start, min(turn.end, stop)) for turn, learn in zip(turns, learnt, strict=True) if not learn]
+        if self.learn == "everything":
+            spans = [(0, start, end) for start, end in _others(left_out, 0, stop)]  # pieces, not turns
+        # What is tokenized in pieces is cut at these, too: else the tokens of some samples would not be those that a
+        # teacher's cache was written for.
+        asked = [edge for turn in left_out for edge in turn]
+        texts = [Text(whole[:stop], [cut for cut in cuts if cut < stop], asked, self._literal(written))]
+        if not goes_on:
+            texts.append(Text(prompt, literal=self._literal(Written(rendering, before, written.tools, asks=True))))
         return _Plan(
-            Text(whole[:stop], [cut for cut in cuts if cut < stop], self._literal(written)),
-            spans,
-            numbers,
-            left_out,
-            self._starts(written, turns),
-            prompt,
-            last.start if goes_on else None,
-            None if apart is None else Text(prompt, literal=self._literal(apart)),
+            texts,
+            self._lead,
+            spans=[(start, end) for _, start, end in spans],
+            turns=[number for number, _, _ in spans],
+            starts=self._starts(written, turns),
+            prompt=prompt,
+            prompt_end=last.start if goes_on else None,
             ends=ends and not rendering.ends,
-            answered=True,
             thoughts_left_out=_thoughts_left_out(written, turns),
         )
 
@@ -343,39 +347,33 @@ class Chat:
     # ----------------------------------------------------------------------------------------------------------------
     # Behind the tokens
 
-    def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None) -> Encoded:
-        ids, shift = self._begun(tokens.ids, plan)
+    def _encoded(self, plan: _Plan, tokens: Tokens, apart: Tokens | None = None) -> Encoded:
+        ids = _begun(tokens.ids, plan.lead)
+        shift = len(ids) - len(tokens.ids)
         at = {place: index + shift for place, index in tokens.at.items()}
         first = shift or int(self._begins_with_bos and ids[:1] == [self._bos])
+        prompt_ids = [] if plan.prompt_end is None else ids[: at[plan.prompt_end]]
         if apart is not None:
-            prompt_ids, _ = self._begun(apart.ids, plan)
-        else:
-            prompt_ids = [] if plan.prompt_end is None else ids[: at.get(plan.prompt_end, len(ids))]
-        spans = [(at[start], at[end]) for start, end in plan.spans]
-        turns = plan.turns
+            prompt_ids = _begun(apart.ids, plan.lead)
+        spans = [(max(first, at[start]), at[end]) for start, end in plan.spans]
         if plan.ends and self._eos is not None:
             if spans and spans[-1][1] == len(ids):
                 spans[-1] = (spans[-1][0], len(ids) + 1)
             ids = [*ids, self._eos]
-        if plan.document:
-            spans = [(first, len(ids))]
-        elif self.learn == "everything" and plan.answered:
-            spans = _others([(at[start], at[end]) for start, end in plan.left_out], first, len(ids))
-            turns = [0] * len(spans)  # pieces, not turns
         return Encoded(
             ids,
             [span for span in spans if span[0] < span[1]],
-            [number for number, span in zip(turns, spans, strict=True) if span[0] < span[1]],
-            [max(first, at[place]) for place in plan.starts if place in at],
+            [number for number, span in zip(plan.turns, spans, strict=True) if span[0] < span[1]],
+            [max(first, at[place]) for place in plan.starts],
             plan.prompt,
             prompt_ids,
             **{**plan.noticed, "in_pieces": tokens.in_pieces},
         )
 
-    def _begun(self, ids: list[int], plan: _Plan) -> tuple[list[int], int]:
-        """Tokens with those that begin a text, once, and how many have come to them."""
-        lead = self._tokenize.lead if plan.document else self._lead
-        return (ids, 0) if not lead or ids[: len(lead)] == lead else ([*lead, *ids], len(lead))
+
+def _begun(ids: list[int], lead: list[int]) -> list[int]:
+    """Tokens with those that begin a text, once."""
+    return ids if ids[: len(lead)] == lead else [*lead, *ids]
 
 
 def _thoughts_left_out(written: Written, turns: list[Turn]) -> bool:

@@ -82,43 +82,30 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
     >>> batch["turn"]
     tensor([[-1,  0, -1, -1,  1]])
     """
-    ids = [row["input_ids"] or [pad_id] for row in rows]
-    labels, turns = _learnt(ids, [row["spans"] for row in rows], [row["turns"] for row in rows])
-    batch = {
-        "input_ids": _pad(ids, pad_id, "right"),
-        "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
-        "labels": _pad(labels, IGNORE_INDEX, "right"),
-        "turn": _pad(turns, NO_TURN, "right"),
-        "index": torch.tensor([row["index"] for row in rows]),
-    }
-    return batch | _teacher_side(rows, labels) if "aligned" in rows[0] else batch
+    batch = _learnt(rows, "", pad_id)
+    batch["index"] = torch.tensor([row["index"] for row in rows])
+    if "aligned" in rows[0]:
+        batch |= _learnt(rows, "teacher_", 0)  # padding, which nothing sees
+        batch["aligned"] = torch.full_like(batch["labels"], NONE)
+        places = [place for row in rows for place in row["aligned"]]
+        batch["aligned"][batch["labels"] != IGNORE_INDEX] = torch.tensor(places, dtype=torch.long)
+    return batch
 
 
-def _learnt(
-    ids: list[list[int]], spans: Sequence[Sequence[int]], turns: Sequence[Sequence[int]]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Labels of rows of tokens, and to which turn each token that is learnt belongs."""
-    labels, numbers = [[IGNORE_INDEX] * len(row) for row in ids], [[NO_TURN] * len(row) for row in ids]
-    for row, (own, of_row) in enumerate(zip(spans, turns, strict=True)):
-        for start, end, turn in zip(own[::2], own[1::2], of_row, strict=True):
-            labels[row][start:end] = ids[row][start:end]
-            numbers[row][start:end] = [turn] * (end - start)
-    return labels, numbers
-
-
-def _teacher_side(rows: list[Row], labels: list[list[int]]) -> dict[str, Tensor]:
-    ids = [row["teacher_input_ids"] or [0] for row in rows]  # padding, which nothing sees
-    learnt, turns = _learnt(ids, [row["teacher_spans"] for row in rows], [row["teacher_turns"] for row in rows])
-    places = [iter(row["aligned"]) for row in rows]
-    aligned = [
-        [NONE if label == IGNORE_INDEX else next(own) for label in of] for own, of in zip(places, labels, strict=True)
-    ]
+def _learnt(rows: list[Row], whose: str, pad_id: int) -> dict[str, Tensor]:
+    """Tokens of one side, and which of them are learnt in which turn."""
+    ids = [row[f"{whose}input_ids"] or [pad_id] for row in rows]
+    labels, turns = [[IGNORE_INDEX] * len(row) for row in ids], [[NO_TURN] * len(row) for row in ids]
+    for number, row in enumerate(rows):
+        spans = row[f"{whose}spans"]
+        for start, end, turn in zip(spans[::2], spans[1::2], row[f"{whose}turns"], strict=True):
+            labels[number][start:end] = ids[number][start:end]
+            turns[number][start:end] = [turn] * (end - start)
     return {
-        "teacher_input_ids": _pad(ids, 0, "right"),
-        "teacher_attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
-        "teacher_labels": _pad(learnt, IGNORE_INDEX, "right"),
-        "teacher_turn": _pad(turns, NO_TURN, "right"),
-        "aligned": _pad(aligned, NONE, "right"),
+        f"{whose}input_ids": _pad(ids, pad_id, "right"),
+        f"{whose}attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
+        f"{whose}labels": _pad(labels, IGNORE_INDEX, "right"),
+        f"{whose}turn": _pad(turns, NO_TURN, "right"),
     }
 
 

@@ -1,11 +1,8 @@
 """The records of a split as rows of tokens, in Arrow, where later runs find them."""
 
-import hashlib
-import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,13 +13,13 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.checkpoint import check_writable
 from akl_lightning.data import chat as chats
-from akl_lightning.data import in_turn, messages, rendering, templates, tokens, turns
 from akl_lightning.data import lengths as fitting
+from akl_lightning.data import messages, rendering, templates, tokens, turns
+from akl_lightning.data.cached import content_of, key_of, map_tables
 from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.collate import column
-from akl_lightning.data.lengths import Lengths, fit
+from akl_lightning.data.lengths import Fitted, Lengths, fit
 from akl_lightning.data.store import RECORD_FEATURES
 from akl_lightning.errors import UsageError
 from akl_lightning.rank_zero import rank_zero_info
@@ -80,21 +77,17 @@ def tokenize(
         return datasets.Dataset.from_dict({name: [] for name in ROW_FEATURES}, ROW_FEATURES)
     content, size = content_of(records, [*_OF_RECORD, "text"])
     described, versions = _described(chat.tokenizer), [transformers.__version__, tokenizers.__version__]
-    depends_on = [content, chat.digest, described, asdict(lengths), _CODE, versions]
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    rows = records.map(
+    rows = map_tables(
+        records,
         _encode,
-        batched=True,
+        {"chat": chat, "lengths": lengths},
+        key_of([content, chat.digest, described, asdict(lengths), versions], _CODE),
+        ROW_FEATURES,
+        num_proc,
+        f"Tokenizing {split}",
         # A batch lies in memory, and documents may be long.
         batch_size=max(1, min(1000, _BATCH_BYTES * len(records) // max(1, size))),
-        fn_kwargs={"chat": chat, "lengths": lengths},
-        # A process wants a batch of its own.
-        num_proc=min(num_proc, len(records) // 1000) or None,
-        cache_file_name=None if described is None else cache_file(key),
-        new_fingerprint=key[:32],
-        features=ROW_FEATURES,
-        remove_columns=records.column_names,
-        desc=f"Tokenizing {split}",
+        found_again=described is not None,
     )
     said = set() if said is None else said
     for line in _summary(split, rows, lengths):
@@ -114,39 +107,24 @@ def learnt_first(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 # A function of its arguments alone, which name the file that its result is cached in.
-def _encode(records: Mapping[str, Sequence[Any]], chat: Chat, lengths: Lengths) -> dict[str, list[Any]]:
-    rows = fit(
-        [dict(zip(records, values, strict=True)) for values in zip(*records.values(), strict=True)],
-        chat.encode_many,
-        lengths,
-    )
-    columns: dict[str, list[Any]] = {name: [row.record[name] for row in rows] for name in _OF_RECORD}
-    own = ("input_ids", "turns", "prompt", "prompt_ids", "kept", "whole", "note", *_FLAGS)
-    columns |= {name: [getattr(row, name) for row in rows] for name in own}
-    return columns | {
-        "spans": [[edge for span in row.spans for edge in span] for row in rows],
-        "prompt_length": [len(row.prompt_ids) for row in rows],
-        "length": [len(row.input_ids) for row in rows],
-        "learnt": [sum(end - start for start, end in row.spans) for row in rows],
+def _encode(records: pa.Table, chat: Chat, lengths: Lengths) -> pa.Table:
+    rows = fit(records.to_pylist(), chat.encode_many, lengths)
+    return pa.Table.from_pylist([_columns(row) for row in rows], ROW_FEATURES.arrow_schema)
+
+
+def _columns(row: Fitted) -> dict[str, Any]:
+    """A value for each of :data:`ROW_FEATURES`, and others."""
+    return {
+        **row.record,
+        **vars(row),
+        "spans": [edge for span in row.spans for edge in span],
+        "prompt_length": len(row.prompt_ids),
+        "length": len(row.input_ids),
+        "learnt": sum(end - start for start, end in row.spans),
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Where the rows are kept
-
-_PARTS = (_encode, fitting, chats, in_turn, messages, rendering, templates, tokens, turns)
-_CODE = [inspect.getsource(part) for part in _PARTS]
-
-
-def content_of(records: datasets.Dataset, columns: Sequence[str]) -> tuple[str, int]:
-    """A digest of what some columns hold, and how many bytes that is; no more than some rows of it lie in memory."""
-    digest, size = hashlib.sha256(), 0
-    for table in records.select_columns(list(columns)).with_format("arrow").iter(256):
-        for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
-            written = batch.serialize()
-            digest.update(written)
-            size += written.size
-    return digest.hexdigest(), size
+_CODE = (_encode, _columns, fitting, chats, messages, rendering, templates, tokens, turns)
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -156,15 +134,6 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> Any:
         return None
     # Its own fingerprint changes with the padding and truncation that the last call has left in the tokenizer.
     return [json.loads(backend.to_str()) | {"padding": None, "truncation": None}, tokenizer.special_tokens_map]
-
-
-def cache_file(key: str) -> str | None:
-    """Where ``datasets`` keeps rows, by a name of all that they depend on."""
-    if not datasets.is_caching_enabled():
-        return None
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
-    check_writable(folder)
-    return str(folder / f"{key}.arrow")
 
 
 # --------------------------------------------------------------------------------------------------------------------

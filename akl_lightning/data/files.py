@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,7 +143,6 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
     """The elements of an array and the lines that they begin on, with no more of it in memory than one needs."""
     decoder, reader = json.JSONDecoder(), codecs.getreader("utf-8")(file)
     buffer, at, line, ended = "", 0, 1, False
-    expected = "["
 
     def more() -> None:
         nonlocal buffer, at, ended
@@ -151,42 +150,48 @@ def _elements(path: Path, file: IO[bytes]) -> Iterator[tuple[Any, int]]:
         read = reader.read(max(_CHUNK, len(buffer) - at))
         buffer, at, ended = buffer[at:] + read, 0, not read
 
-    def refuse(reason: object) -> UsageError:
-        return UsageError(f"{path}, line {line} is no JSON in UTF-8 ({reason}): mend the array.")
-
-    try:
+    def behind_blanks() -> str:
+        """The character that stands there, empty at the end of the file."""
+        nonlocal at, line
         while True:
             begins = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]  # it matches nothing, too
             line += buffer.count("\n", at, begins)
             at = begins
-            if at == len(buffer):
-                if ended:
-                    if expected:
-                        raise refuse("it ends early")
-                    return
-                more()
-                continue
-            if expected in ("[", ",") or buffer[at] == "]":
-                if not expected or buffer[at] not in expected + ("]" if expected != "[" else ""):
-                    raise refuse(f"{buffer[at]!r} stands where {expected or 'nothing'} should")
-                expected = "" if buffer[at] == "]" else "value"
-                at += 1
-                continue
-            if not expected:
-                raise refuse(f"{buffer[at]!r} stands behind the array")
+            if at < len(buffer) or ended:
+                return buffer[at : at + 1]
+            more()
+
+    def element() -> tuple[Any, int]:
+        while True:
             try:
-                value, end = decoder.raw_decode(buffer, at)
+                return decoder.raw_decode(buffer, at)
             except json.JSONDecodeError as error:
                 # An element that goes on behind the buffer fails at its end, or where its last string begins.
                 if ended or not (error.msg.startswith("Unterminated") or error.pos > len(buffer) - 16):
                     raise refuse(error.msg) from error
                 more()
-                continue
             except ValueError as error:  # a number of thousands of digits
                 raise refuse(error) from error
+
+    def refuse(reason: object) -> UsageError:
+        return UsageError(f"{path}, line {line} is no JSON in UTF-8 ({reason}): mend the array.")
+
+    try:
+        behind_blanks()
+        at += 1  # the bracket that it begins with
+        while (found := behind_blanks()) != "]":
+            if not found:
+                raise refuse("it ends early")
+            value, end = element()
             yield value, line
             line += buffer.count("\n", at, end)
-            at, expected = end, ","
+            at = end
+            if (found := behind_blanks()) not in (",", "]", ""):
+                raise refuse(f"{found!r} stands where , should")
+            at += found == ","
+        at += 1
+        if found := behind_blanks():
+            raise refuse(f"{found!r} stands behind the array")
     except (UnicodeDecodeError, RecursionError) as error:
         raise refuse(error) from error
 
@@ -217,9 +222,9 @@ def _read_csv(path: Path, columns: set[str]) -> Iterator[Found]:
 
 def _read_parquet(path: Path, columns: set[str]) -> Iterator[Found]:
     with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        known = _known(path, names, columns)
-        yield from _rows(path, names, file.iter_batches(1000, columns=known))
+        known = known_columns(path, file.schema_arrow.names, columns)
+        batches = file.iter_batches(1000, columns=known)
+        yield from records_of(path, (row for batch in batches for row in batch.to_pylist()))
 
 
 def _read_arrow(path: Path, columns: set[str]) -> Iterator[Found]:
@@ -230,31 +235,33 @@ def _read_arrow(path: Path, columns: set[str]) -> Iterator[Found]:
         except pa.ArrowInvalid:
             mapped.seek(0)
             batches = file = pa.ipc.open_stream(mapped)
-        known = _known(path, file.schema.names, columns)
+        known = known_columns(path, file.schema.names, columns)
         parts = (batch.slice(start, 1000) for batch in batches for start in range(0, batch.num_rows, 1000))
-        yield from _rows(path, file.schema.names, (part.select(known) for part in parts))
+        yield from records_of(path, (row for part in parts for row in part.select(known).to_pylist()))
 
 
-def _known(path: Path, names: list[str], columns: set[str]) -> list[str]:
+def known_columns(where: Path | str, names: list[str], columns: set[str]) -> list[str]:
+    """Those of some columns that anybody will look at.
+
+    Raises:
+        UsageError: there is none.
+    """
     known = [name for name in names if name in columns]
     if not known:
-        raise UsageError(f"{path} fits no form, its columns are {', '.join(names)}: name them in the source.")
+        raise UsageError(f"{where} fits no form, its columns are {', '.join(names)}: name them in the source.")
     return known
 
 
-def _rows(path: Path, names: list[str], batches: Iterator[pa.RecordBatch]) -> Iterator[Found]:
-    row = 0
-    for batch in batches:
-        for values in batch.to_pylist():
-            yield without_nulls(values), row, f"{path}, row {row}"
-            row += 1
+def records_of(where: Path | str, rows: Iterable[dict[str, Any]]) -> Iterator[Found]:
+    """The rows of columns, without what is null at any depth: it is there only because a column has one type."""
+    for row, values in enumerate(rows):
+        yield _without_nulls(values), row, f"{where}, row {row}"
 
 
-def without_nulls(value: Any) -> Any:
-    """Without those keys that are there only because the rows of a column have one type."""
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path, set[str]], Iterator[Found]]] = {

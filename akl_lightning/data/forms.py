@@ -2,10 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import combinations
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from akl_lightning.data.records import Message, Row, conversation, document
 from akl_lightning.errors import UsageError
@@ -29,6 +29,17 @@ _ALSO_READ = (
 
 _SAID_APART = {"role", "from", "content", "value"}
 """Keys of a message that have one name here."""
+
+
+class _Form(NamedTuple):
+    """A form, told by its fields."""
+
+    name: str
+    asked: str
+    """Field of what is asked, of all messages, or of a document; empty where the reply says it, too."""
+
+    reply: str = ""
+    """Field of what is answered; empty where there is none, or messages hold it."""
 
 
 class Forms:
@@ -61,7 +72,6 @@ class Forms:
         text: str = "text",
     ) -> None:
         self.names = {"instruction": instruction, "input": input, "output": output, "messages": messages, "text": text}
-        pair = {instruction, input, output}
         for one, other in (*combinations(("instruction", "input", "output"), 2), ("messages", "text")):
             if self.names[one] == self.names[other]:
                 raise UsageError(
@@ -69,10 +79,29 @@ class Forms:
                 )
         self.columns = {*self.names.values(), *_ALSO_READ, *_REPLIES}
         """All fields that are looked at."""
+        mains = (messages, "conversations", "prompt", "completion", instruction, output, "chosen", text)
+        self.mains = tuple(dict.fromkeys(mains))
+        """Fields of which a form takes some, and leaves others."""
+        pair = _Form("instruction", instruction, output)
+        named = [pair] if (instruction, output) != ("instruction", "output") else []
+        of_pair = {instruction, input, output}
         # A text or messages may be a pair's instruction: then they are no form of their own.
-        self.alone = {name for name in (messages, text) if name not in pair}
-        self.mains = [messages, "conversations", "prompt", "completion", instruction, output, "chosen", text]
-        self.pair_is_named = (instruction, output) != ("instruction", "output")
+        dialog = [_Form("messages", messages)] if messages not in of_pair else []
+        self.forms = [
+            # As akl generate writes a conversation: it is its own instruction.
+            *(dialog + named if instruction == "instruction" else named + dialog),
+            _Form("conversations", "conversations"),
+            *([_Form("prompt_completion", "prompt", output)] if output != "output" else []),
+            _Form("prompt_completion", "prompt", "completion"),
+            _Form("preference", "prompt", "chosen"),
+            pair,
+            _Form("preference", instruction, "chosen"),
+            _Form("preference", "", "chosen"),
+            *([_Form("text", text)] if text not in of_pair else []),
+            _Form("prompt", "prompt"),
+            _Form("prompt", instruction),
+        ]
+        """Of those whose fields a record has, it is of the first."""
 
     def read(
         self, record: Mapping[str, Any], file: str, line: int, where: str, split: str, notes: Counter
@@ -96,8 +125,8 @@ class Forms:
         one = _Record(self, record, where, notes)
         try:
             form = one.form()
-            if form == "text":
-                text = one.text(self.names["text"], one.given[self.names["text"]])
+            if form.name == "text":
+                text = one.text(form.asked, one.given[form.asked])
                 if not text.strip():
                     notes["dropped, without a text"] += 1
                     return None
@@ -114,7 +143,7 @@ class Forms:
                     return None
                 messages = messages[:-1] if ends_blank else messages
             cut = one.given.get("cut") in (True, "True", "true")  # a text in a CSV file
-            return conversation(messages, form, file, line, one.tools(), references, cut)
+            return conversation(messages, form.name, file, line, one.tools(), references, cut)
         except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text that could be tokenized
             raise UsageError(f"{where} is no JSON in UTF-8 ({error}): mend or remove the line.") from error
         except TypeError as error:  # an image, a date
@@ -131,99 +160,65 @@ class _Record:
         self.where = where
         self.notes = notes
 
-    def form(self) -> str:
-        names, given = self.names, self.given
-        messages, text, pair = names["messages"], names["text"], [names["instruction"], names["output"]]
-        # As akl generate writes a conversation: it is its own instruction.
-        answered = messages in given and names["instruction"] == "instruction"
-        forms = [
-            ("instruction", pair, self.forms.pair_is_named and not answered),
-            ("messages", [messages], messages in self.forms.alone),
-            ("conversations", ["conversations"], True),
-            ("prompt_completion", ["prompt", self.completion], True),
-            ("preference", ["prompt", "chosen"], True),
-            ("instruction", pair, True),
-            ("preference", [names["instruction"], "chosen"], True),
-            ("preference", ["chosen"], True),
-            ("text", [text], text in self.forms.alone),
-            ("prompt", ["prompt"], True),
-            ("prompt", [names["instruction"]], True),
-        ]
-        fits = [(form, used) for form, used, may_be in forms if may_be and given.keys() >= set(used)]
-        if not fits:
+    def form(self) -> _Form:
+        given = self.given
+        form = next((form for form in self.forms.forms if given.keys() >= {form.asked, form.reply} - {""}), None)
+        if form is None:
             self.refuse(f"fits no form, its fields are {', '.join(map(str, given)) or 'none'}: name them in the source")
-        form, used = fits[0]
-        if form in ("text", "prompt"):
-            self.expect_no_reply(used[0], used)
-        for name in self.forms.mains:
-            if name in given and name not in used and form not in ("messages", "conversations"):
-                self.left(name, used[0])
+        if form.name in ("text", "prompt"):
+            self.expect_no_reply(form.asked)
+        if form.name not in ("messages", "conversations"):
+            self.leave(self.forms.mains, form.asked or form.reply, form.reply)
         return form
 
-    @property
-    def completion(self) -> str:
-        """The field of what completes a prompt: one that the user has named before the usual one."""
-        named = self.names["output"]
-        return named if named != "output" and named in self.given else "completion"
+    def leave(self, names: Iterable[str], beside: str, *used: str) -> None:
+        """Count which of some fields are there and not used."""
+        for name in names:
+            if name in self.given and name not in (beside, *used):
+                self.notes[f"have a field {name!r} that is left, because of their {beside!r}"] += 1
 
-    def left(self, name: str, beside: str) -> None:
-        self.notes[f"have a field {name!r} that is left, because of their {beside!r}"] += 1
-
-    def expect_no_reply(self, field: str, used: list[str]) -> None:
-        replies = [name for name in (self.names["output"], *_REPLIES) if name in self.given and name not in used]
+    def expect_no_reply(self, field: str) -> None:
+        replies = [name for name in (self.names["output"], *_REPLIES) if name in self.given and name != field]
         if replies:
             self.refuse(
                 f"has no field {self.names['output']!r} beside {field!r}, only {', '.join(self.given)}: name its "
                 "fields in the source"
             )
 
-    def conversation(self, form: str) -> tuple[list[Message], list[str], bool]:
+    def conversation(self, form: _Form) -> tuple[list[Message], list[str], bool]:
         """Messages, the acceptable last responses, and whether the response that should be there is not."""
-        names, given = self.names, self.given
-        if "rejected" in given:
+        if "rejected" in self.given:
             self.notes["have a rejected response, which is left"] += 1
-        references: list[str] = []
-        wants_response = False
-        if form in ("messages", "conversations"):
-            field = names["messages"] if form == "messages" else form
-            messages = self.messages(field, given[field])
-            is_prompt = bool(messages) and messages[-1]["role"] != "assistant"
-            replies = ("chosen", "completion", names["output"])
-            reply = next((name for name in replies if is_prompt and name in given), None)
-            if reply is not None:
-                response, references = self.responses(reply)
-                messages += response
-                wants_response = not response
-            elif is_prompt:
-                self.expect_no_reply(field, [field])
-            for name in (*self.forms.mains, "history"):
-                if name in given and name not in (field, reply) and not (reply and name == names["instruction"]):
-                    self.left(name, field)
+        reply = form.reply
+        if form.name in ("messages", "conversations"):
+            messages, reply = self.dialog(form.asked)
         else:
-            messages = self.prompt(form)
-            reply = {"instruction": names["output"], "prompt_completion": self.completion, "preference": "chosen"}.get(
-                form
-            )
-            if reply is not None:
-                responses, references = self.responses(reply)
-                wants_response = not responses
-                if form == "preference" and responses and responses[0]["role"] != "assistant":
-                    messages = self.whole(messages, responses)
-                else:
-                    if form == "preference" and not messages:
-                        self.refuse("has a chosen response without a prompt: add the field 'prompt'")
-                    messages += responses
-        return self.with_system(messages), references, wants_response
+            messages = self.prompt(form.asked) if form.asked else []
+        responses, references = self.responses(reply) if reply else ([], [])
+        if form.name == "preference" and responses and responses[0]["role"] != "assistant":
+            messages = self.whole(messages, responses)
+        elif form.name == "preference" and not messages:
+            self.refuse("has a chosen response without a prompt: add the field 'prompt'")
+        else:
+            messages += responses
+        return self.with_system(messages), references, bool(reply) and not responses
 
-    def prompt(self, form: str) -> list[Message]:
+    def dialog(self, field: str) -> tuple[list[Message], str]:
+        """Messages, and the field of the reply to them where they end with a prompt."""
+        messages, reply = self.messages(field, self.given[field]), ""
+        if messages and messages[-1]["role"] != "assistant":
+            replies = ("chosen", "completion", self.names["output"])
+            reply = next((name for name in replies if name in self.given), "")
+            if not reply:
+                self.expect_no_reply(field)
+        # akl generate writes what is answered once more as an instruction.
+        self.leave((*self.forms.mains, "history"), field, reply, *([self.names["instruction"]] if reply else []))
+        return messages, reply
+
+    def prompt(self, field: str) -> list[Message]:
         names, given = self.names, self.given
-        field = names["instruction"] if form == "instruction" or "prompt" not in given else "prompt"
-        if field not in given:
-            return []
         if isinstance(given[field], list):
-            for name in ("history", names["input"]):
-                if name in given:
-                    self.left(name, field)
+            self.leave(("history", names["input"]), field)
             return self.messages(field, given[field])
         message = {"role": "user", "content": self.text(field, given[field])}
         if names["input"] in given:
@@ -240,9 +235,7 @@ class _Record:
 
     def responses(self, field: str) -> tuple[list[Message], list[str]]:
         """The messages of a response, and the texts that would do where it is a list of them."""
-        value = self.given.get(field)
-        if value is None:
-            return [], []
+        value = self.given[field]
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
             messages = self.messages(field, [value] if isinstance(value, dict) else value)
             if messages[-1]["role"] != "assistant":
@@ -275,8 +268,7 @@ class _Record:
 
     def tools(self) -> list[Any]:
         if "tools" in self.given:
-            if "functions" in self.given:
-                self.left("functions", "tools")
+            self.leave(["functions"], "tools")
             return self.listed("tools", self.given["tools"])
         functions = self.listed("functions", self.given.get("functions", []))
         return [{"type": "function", "function": function} for function in functions]
@@ -284,13 +276,16 @@ class _Record:
     def listed(self, field: str, value: Any) -> list[Any]:
         """A list, or the JSON of one, as column files hold it."""
         if isinstance(value, str):
-            try:
-                value = json.loads(value or "[]")
-            except ValueError as error:
-                self.refuse(f"the field {field!r} is a text and no JSON of a list ({error})")
+            value = self.parsed(value or "[]", f"the field {field!r} is a text and no JSON of a list")
         if not isinstance(value, list):
             self.refuse(f"the field {field!r} is no list but {str(value)[:40]!r}")
         return value
+
+    def parsed(self, written: str, otherwise: str) -> Any:
+        try:
+            return json.loads(written)
+        except ValueError as error:
+            self.refuse(f"{otherwise} ({error})")
 
     def text(self, field: str, value: Any) -> str:
         if isinstance(value, str):
@@ -316,12 +311,9 @@ class _Record:
             said = "no role" if called is None else f"the unknown role {called!r}"
             self.refuse(f"{at} has {said}: use system, user, assistant or tool (or human and gpt)")
         if called == "function_call" and content is not None:
-            calls = content
-            content = None
+            calls, content = content, None
         else:
-            calls = given.pop("tool_calls", None)
-            if calls is None and "function_call" in given:
-                calls = given.pop("function_call")
+            calls = given.pop("tool_calls" if "tool_calls" in given else "function_call", None)
         if calls:
             given["tool_calls"] = self.calls(at, calls)
         if isinstance(content, list):
@@ -343,19 +335,14 @@ class _Record:
                 self.refuse(
                     f"{at} has {value!r} as its {name!r}: use {'true or false' if name == 'learn' else '0 or 1'}"
                 )
-        if role != "assistant":
-            if learn or weight:
-                self.refuse(f"{at} is the {role}'s and to be learnt, but only the assistant's are: leave it out")
-            return True
-        return (learn is None or bool(learn)) and (weight is None or bool(weight))
+        if role != "assistant" and (learn or weight):
+            self.refuse(f"{at} is the {role}'s and to be learnt, but only the assistant's are: leave it out")
+        return role != "assistant" or all(value in (None, 1) for value in (learn, weight))
 
     def calls(self, at: str, calls: Any) -> list[Any]:
         """Calls of tools, their arguments as objects, as chat templates want them."""
         if isinstance(calls, str):
-            try:
-                calls = json.loads(calls)
-            except ValueError as error:
-                self.refuse(f"{at} is a call of a tool but no JSON ({error})")
+            calls = self.parsed(calls, f"{at} is a call of a tool but no JSON")
         found = []
         for call in calls if isinstance(calls, list) else [calls]:
             if not isinstance(call, dict):

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from akl_lightning.data.chat import Encoded, Noticed
+from akl_lightning.data.chat import Encoded
 from akl_lightning.data.rendering import SampleError
 
 Record = Mapping[str, Any]
@@ -45,9 +45,13 @@ class Lengths:
         return "data.max_length" if self.max_prompt_length is None else "data.max_prompt_length"
 
 
-@dataclass
-class Fitted(Noticed):
-    """A row, or a sample that is dropped."""
+@dataclass(kw_only=True)
+class Fitted(Encoded):
+    """A row, or a sample that is dropped.
+
+    Its tokens go up to the last learnt one, or are those of the prompt where nothing is learnt; of a sample that is
+    dropped there are none.
+    """
 
     record: Record
     """With the messages that are left."""
@@ -61,17 +65,9 @@ class Fitted(Noticed):
     kept: bool = True
     """Whether it is a row."""
 
-    input_ids: list[int] = field(default_factory=list)
-    """Up to the last learnt token; of a sample without any, the prompt."""
 
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    """Learnt tokens, each from the first to behind the last."""
-
-    turns: list[int] = field(default_factory=list)
-    """Of each span the number of its turn."""
-
-    prompt: str = ""
-    prompt_ids: list[int] = field(default_factory=list)
+def _dropped(record: Record, whole: int, note: str) -> Fitted:
+    return Fitted([], record=record, whole=whole, note=note, kept=False)
 
 
 def fit(records: Sequence[Record], encode: Encode, lengths: Lengths) -> list[Fitted]:
@@ -95,7 +91,7 @@ def fit(records: Sequence[Record], encode: Encode, lengths: Lengths) -> list[Fit
         longer = []
         for index, encoded in zip(waiting, encode([now[index] for index in waiting]), strict=True):
             if isinstance(encoded, SampleError):
-                fitted[index] = [Fitted(records[index], 0, str(encoded), kept=False)]
+                fitted[index] = [_dropped(records[index], 0, str(encoded))]
                 continue
             if records[index]["text"]:
                 fitted[index] = list(_blocks(records[index], encoded, lengths.max_length))
@@ -160,16 +156,17 @@ def _row(record: Record, encoded: Encoded, whole: int, note: str, lengths: Lengt
     first = encoded.spans[0][0] if encoded.spans else prompt
     unasked = prompt > lengths.longest_prompt and (lengths.max_prompt_length is not None or not encoded.spans)
     if unasked or first >= end:
-        return Fitted(record, prompt if unasked else first, "prompt", kept=False)
+        return _dropped(record, prompt if unasked else first, "prompt")
     if length > end and lengths.truncate == "drop":
-        return Fitted(record, whole, "drop", kept=False)
+        return _dropped(record, whole, "drop")
     if length > end:
         note = note or "response"
     spans = [(start, min(stop, end)) for start, stop in encoded.spans if start < end]
-    row = Fitted(record, whole, note, spans=spans, turns=list(encoded.turns[: len(spans)]), **encoded.noticed)
-    row.input_ids = list(encoded.input_ids[: spans[-1][1]] if spans else encoded.prompt_ids)
-    if prompt <= lengths.longest_prompt:  # else it is not asked
-        row.prompt, row.prompt_ids = encoded.prompt, list(encoded.prompt_ids)
+    row = Fitted(**vars(encoded), record=record, whole=whole, note=note)
+    row.spans, row.turns = spans, encoded.turns[: len(spans)]
+    row.input_ids = encoded.input_ids[: spans[-1][1]] if spans else encoded.prompt_ids
+    if prompt > lengths.longest_prompt:  # it is not asked
+        row.prompt, row.prompt_ids = "", []
     return row
 
 
@@ -182,14 +179,16 @@ def _blocks(record: Record, encoded: Encoded, max_length: int) -> Iterator[Fitte
     record = {**record, "text": ""}  # or each of its blocks would hold all of it
     ids, whole = encoded.input_ids, len(encoded.input_ids)
     if whole < 2:
-        yield Fitted(record, whole, "nothing", kept=False)
+        yield _dropped(record, whole, "nothing")
     for start in range(0, whole - 1, max_length - 1):
         stop = min(start + max_length, whole)
-        learnt = [
+        row = Fitted(**vars(encoded), record=record, whole=whole, note="block" if whole > max_length else "")
+        row.input_ids = ids[start:stop]
+        row.spans = [
             (max(first, start + 1) - start, min(last, stop) - start)
             for first, last in encoded.spans
             if first < stop and last > start + 1
         ]
-        note = "block" if whole > max_length else ""
-        turns = [0] * len(learnt)
-        yield Fitted(record, whole, note, bool(learnt), list(ids[start:stop]), learnt, turns, **encoded.noticed)
+        row.turns = [0] * len(row.spans)
+        row.kept = bool(row.spans)
+        yield row

@@ -4,10 +4,9 @@ import json
 import re
 from typing import Any
 
-from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
-
-LITERAL, BEHIND_LITERAL = "\ufdd2", "\ufdd3"
-"""Stand around what looks like a special token in what somebody says; Unicode keeps these two out of all text."""
+from akl_lightning.data.records import Message, content_text
+from akl_lightning.data.rendering import Rendering, SampleError, Written
+from akl_lightning.data.templates import CLOSE, OPEN, marked_ranges
 
 
 def is_learnt(message: Message) -> bool:
@@ -46,18 +45,6 @@ def for_template(message: Message, rendering: Rendering, knows_input: bool) -> M
     return message
 
 
-def content_text(message: Message) -> str:
-    """What a message says, be it a text, a list of parts or nothing.
-
-    >>> content_text({"content": [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]})
-    'Good day'
-    """
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return "" if content is None else str(content)
-
-
 def thought_of(message: Message) -> str:
     """What the assistant thinks before it answers, as a field of its own or within the content.
 
@@ -93,27 +80,19 @@ def literal_ranges(pattern: re.Pattern[str], written: Written) -> list[tuple[int
         SampleError: the template makes something else of such a text.
     """
     said = [written.messages, written.tools]
-    if not _has(pattern, said):
+    marked = _marked(pattern, said)
+    if marked == said:
         return []
-    messages, tools = _marked(pattern, said)
-    text = written.rendering.text(messages, tools, written.asks)
-    if text.replace(LITERAL, "").replace(BEHIND_LITERAL, "") != written.whole:
+    messages, tools = marked
+    found = marked_ranges(written.rendering.text(messages, tools, written.asks), written.whole)
+    if found is None:
         raise SampleError("the chat template takes apart what looks like a special token in a content: reword it.")
-    found = re.finditer(f"{LITERAL}(.*?){BEHIND_LITERAL}", text, re.DOTALL)
-    starts = [(match.start() - 2 * number, len(match[1])) for number, match in enumerate(found)]
-    return [(start, start + length) for start, length in starts]
-
-
-def _has(pattern: re.Pattern[str], said: Any) -> bool:
-    if isinstance(said, str):
-        return pattern.search(said) is not None
-    inner = said.values() if isinstance(said, dict) else said if isinstance(said, list) else ()
-    return any(_has(pattern, one) for one in inner)
+    return found
 
 
 def _marked(pattern: re.Pattern[str], said: Any) -> Any:
     if isinstance(said, str):
-        return pattern.sub(rf"{LITERAL}\g<0>{BEHIND_LITERAL}", said)
+        return pattern.sub(rf"{OPEN}\g<0>{CLOSE}", said)
     if isinstance(said, dict):
         return {key: _marked(pattern, inner) for key, inner in said.items()}
     return [_marked(pattern, inner) for inner in said] if isinstance(said, list) else said

@@ -83,6 +83,18 @@ def document(text: str, file: str, line: int) -> Row:
     return {**empty, "text": text, "form": "text", "file": file, "line": line, "key": _first_bytes(text)}
 
 
+def content_text(message: Message) -> str:
+    """What a message says, be it a text, a list of parts or nothing.
+
+    >>> content_text({"content": [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]})
+    'Good day'
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content)
+    return "" if content is None else str(content)
+
+
 def _prompt(messages: Sequence[Message], written: Sequence[str], tools: str) -> str:
     """What the last answer answers, as one text.
 

@@ -6,15 +6,17 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from akl_lightning.data.in_turn import in_turn
-from akl_lightning.data.templates import is_plain, pinned_dates, template_text, variables, with_marks
+from akl_lightning.compat import compiled_chat_template
+from akl_lightning.data.records import Message, content_text
+from akl_lightning.data.templates import CHAT, is_plain, pinned_dates, template_text, variables, with_marks
 from akl_lightning.data.tokens import any_of
 from akl_lightning.errors import UsageError
 
-Message = dict[str, Any]
-
 USER, ASSISTANT = "Whereupon?", "Thereupon."
 """Texts that no template has in it, and which it leaves as they are: one word with a stop, a capital first."""
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""What messages call what the assistant thinks before it answers; in this order ``apply_chat_template`` looks."""
 
 GIVEN_BY_US = {
     *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"),
@@ -33,7 +35,8 @@ class Rendering:
 
     Args:
         tokenizer: the tokenizer; its special tokens are known to the template.
-        template: as :func:`~akl_lightning.data.templates.template_text` takes it.
+        template: as :func:`~akl_lightning.data.templates.template_text` takes it; None for the tokenizer's own, or
+            ``plain`` where it has none.
         arguments: further variables of the template.
 
     Raises:
@@ -78,6 +81,8 @@ class Rendering:
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        if template is None:
+            template = CHAT if tokenizer.chat_template else "plain"
         self.template = template
         self.arguments = dict(arguments or {})
         self._text = template_text(template, tokenizer)
@@ -112,38 +117,25 @@ class Rendering:
         text = self._marked[bool(tools)]
         return None if text is None else self._render(text, messages, tools, False)
 
-    def pieces(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[str], str] | None:
-        """What is written of each message, and how an answer is asked for; None where neither can be told for sure."""
-        template = in_turn(self._text_for_tools if tools else self._text)
-        return None if template is None else template.pieces(messages, tools, self._variables)
-
     def _render(self, template: str, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
-        def write(conversation: list[Message]) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    conversation,
-                    tools=tools,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **self.arguments,
-                )
-            )
-
+        # As apply_chat_template does it, but for its copies of all messages, a seventh of the time to encode them.
+        compiled = compiled_chat_template(template)
+        said = [_with_thought(message) for message in messages]
+        given = {**self._variables, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
             try:
-                return write(messages)
+                return compiled.render(given, messages=said)
             except (jinja2.TemplateError, TypeError):
                 # Beside calls of tools there is often no content, which many a template does not expect.
-                if all("content" in message for message in messages):
+                if all("content" in message for message in said):
                     raise
-                return write([{"content": "", **message} for message in messages])
+                return compiled.render(given, messages=[{"content": "", **message} for message in said])
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            said = next((_words(message) for message in messages if message.get("role") == "user"), "")
-            whose = "the tokenizer's chat template" if self.template in (None, "chat") else "the chat template"
+            asked = next((content_text(message) for message in messages if message.get("role") == "user"), "")
+            whose = "the tokenizer's chat template" if self.template == CHAT else "the chat template"
             raise SampleError(
-                f"{whose} fails on the prompt {said[:40]!r} ({reason}): mend it, or use the template plain or alpaca, "
+                f"{whose} fails on the prompt {asked[:40]!r} ({reason}): mend it, or use the template plain or alpaca, "
                 "or another one."
             ) from error
 
@@ -271,10 +263,9 @@ class Written:
         self.messages = messages
         self.tools = tools
         self.asks = asks
-        self._pieces = rendering.pieces(messages, tools)
-        self._prompts: dict[int, str] = {}
-        self.whole = self._up_to(len(messages), asks)
+        self.whole = rendering.text(messages, tools, asks)
         """All of it."""
+        self._prompts: dict[int, str] = {}
 
     def prompt(self, index: int) -> str | None:
         """What the message with this index answers, up to where the answer begins; None for the first.
@@ -283,18 +274,11 @@ class Written:
             SampleError: the template fails on it.
         """
         if index and index not in self._prompts:
-            self._prompts[index] = self._up_to(index, True)
+            self._prompts[index] = self.rendering.text(self.messages[:index], self.tools, prompt=True)
         return self._prompts.get(index)
 
-    def _up_to(self, index: int, asks: bool) -> str:
-        if self._pieces is None:
-            return self.rendering.text(self.messages[:index], self.tools, asks)
-        pieces, asked = self._pieces
-        return "".join([*pieces[:index], asked if asks else ""])
 
-
-def _words(message: Message) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)
+def _with_thought(message: Message) -> Message:
+    """A message with what the assistant thinks under each name by which templates read it."""
+    thoughts = [message[name] for name in THOUGHTS if message.get(name) is not None]
+    return {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]} if thoughts else message

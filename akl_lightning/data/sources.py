@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tqdm.auto import tqdm
 
 from akl_lightning.data.docstrings import Docstrings
-from akl_lightning.data.files import READERS, holds_records, read_file, split_of, without_nulls
+from akl_lightning.data.files import READERS, holds_records, known_columns, read_file, records_of, split_of
 from akl_lightning.data.forms import Forms
 from akl_lightning.data.records import Row, Source
 from akl_lightning.data.splits import keys
@@ -223,20 +223,12 @@ class HubDataset(Source):
         from akl_lightning.data.store import store
 
         where = f"{self.path}, {split}"
-        known = [name for name in data.column_names if name in self.forms.columns]
-        if len(data) and not known:
-            raise UsageError(
-                f"{where} fits no form, its columns are {', '.join(data.column_names)}: name them in the source."
-            )
+        known = known_columns(where, data.column_names, self.forms.columns) if len(data) else []
 
         def rows(notes: Counter) -> Iterator[Row | None]:
-            batches = data.select_columns(known).with_format(None).iter(1000)
-            row = 0
-            for batch in tqdm(batches, desc=f"Reading {where}", total=-(-len(data) // 1000), leave=False):
-                for values in zip(*batch.values(), strict=True):
-                    record = without_nulls(dict(zip(batch, values, strict=True)))
-                    yield self.forms.read(record, where, row, f"{where}, row {row}", split, notes)
-                    row += 1
+            bar = tqdm(data.select_columns(known).with_format(None), desc=f"Reading {where}", leave=False)
+            for record, row, at in records_of(where, bar):
+                yield self.forms.read(record, where, row, at, split, notes)
 
         files = [[file["filename"], _digest_of(Path(file["filename"]))] for file in data.cache_files]
         return store(where, [where, files, self.forms.names] if files else None, rows)

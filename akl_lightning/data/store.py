@@ -1,10 +1,8 @@
 """Records on their way into an Arrow file, a batch at a time, where later runs find them."""
 
-import hashlib
-import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +16,7 @@ from filelock import FileLock
 
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
+from akl_lightning.data.cached import cache_folder, key_of
 from akl_lightning.data.records import Row, row_digest, row_digests
 from akl_lightning.errors import UsageError, first_line
 from akl_lightning.rank_zero import rank_zero_info
@@ -43,7 +42,7 @@ _ROWS, _CHARACTERS = 1000, 2**26
 
 
 def store(
-    where: str, depends_on: Any, rows: Callable[[Counter], Iterator[Row | None]], code: ModuleType | None = None
+    where: str, depends_on: Any, rows: Callable[[Counter], Iterator[Row | None]], code: Sequence[ModuleType] = ()
 ) -> datasets.Dataset:
     """Records as a memory-mapped data set: written once, and found again by a name of all that they depend on.
 
@@ -51,21 +50,19 @@ def store(
         where: what they are read from, in words.
         depends_on: for JSON; with the code that reads it decides whether they are found. None for never.
         rows: reads them, and counts what is to be said of them; None for a record that is dropped.
-        code: what else is read by.
+        code: what else reads them.
 
     Raises:
         UsageError: none is left, or the cache cannot be written.
     """
-    modules = [inspect.getsource(part) for part in (files, forms, records, code) if part is not None]
-    key = hashlib.sha256(json.dumps([depends_on, modules]).encode()).hexdigest()
-    if depends_on is None or not datasets.is_caching_enabled():
-        folder = Path(get_temporary_cache_files_directory())
+    folder = None if depends_on is None else cache_folder("records")
+    if folder is None:
+        folder, key = Path(get_temporary_cache_files_directory()), None
         path = folder / f"records-{len(list(folder.iterdir()))}.arrow"
-        key = ""
+        check_writable(folder)
     else:
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning" / "records"
+        key = key_of(depends_on, (files, forms, records, *code))
         path = folder / f"{key}.arrow"
-    check_writable(folder)
     said = path.with_suffix(".json")
     # One process reads; others that start with it find what it has written.
     with FileLock(path.with_suffix(".lock")):
@@ -85,7 +82,7 @@ def store(
     for note, count in sorted(notes.items()):
         rank_zero_info(f"{where}: {count:,} of {total:,} records {note}")
     # Its own fingerprint would depend on when the file was written.
-    data = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key or None)
+    data = datasets.Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=key)
     if not len(data):
         raise UsageError(
             f"{where} has no usable record left among {total}: each needs a prompt and a response, or a text."

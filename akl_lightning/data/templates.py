@@ -44,30 +44,27 @@ PINNED = date(2024, 7, 26)
 """What a template that writes today's date is given for it: the day that Llama 3's falls back to."""
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Stand around what a template marks as generated; Unicode keeps these two out of all text."""
+"""Stand around what a template marks as generated, or what is to be found again in what it writes.
 
-BEHIND_MESSAGE = "\ufdd4"
-"""Likewise, behind a message where a template writes one after another."""
+Unicode keeps these two out of all text.
+"""
 
 _MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
 
 
-def template_text(template: str | None, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
+def template_text(template: str, tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
     """The Jinja text of a template, with today's date pinned.
 
     Args:
         template: ``chat`` for the tokenizer's own, ``chatml``, ``plain``, ``alpaca``, a Jinja text, the path of a file
-            with one, or a format string with ``{instruction}`` and perhaps ``{input}``. None for the tokenizer's own,
-            or ``plain`` where it has none.
+            with one, or a format string with ``{instruction}`` and perhaps ``{input}``.
         tokenizer: whose chat template, and which tokens there are.
         with_tools: take the one for tools, where the tokenizer has several.
 
     Raises:
         UsageError: none of these, a file that cannot be read, or a tokenizer without the one that is asked for.
     """
-    if template is None:
-        template = CHAT if tokenizer.chat_template else "plain"
     if template == CHAT:
         if not tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template: use the template plain or alpaca, or another one.")
@@ -161,6 +158,22 @@ def is_plain(value: Any) -> bool:
     with suppress(ValueError, SyntaxError):
         return bool(ast.literal_eval(ascii(value)) == value)
     return False
+
+
+def marked_ranges(text: str, whole: str) -> list[tuple[int, int]] | None:
+    """Where in a text something stands that has marks around it in another one; None where they differ in more.
+
+    Args:
+        text: with :data:`OPEN` and :data:`CLOSE`.
+        whole: without.
+
+    >>> marked_ranges(f"a{OPEN}bc{CLOSE}d{OPEN}e{CLOSE}", "abcde")
+    [(1, 3), (4, 5)]
+    """
+    if text.replace(OPEN, "").replace(CLOSE, "") != whole:
+        return None
+    found = enumerate(re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", text))
+    return [(match.start() - 2 * number, match.end() - 2 * number - 2) for number, match in found]
 
 
 def pinned_dates(text: str) -> dict[str, str]:

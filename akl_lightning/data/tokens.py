@@ -19,17 +19,19 @@ class Text:
     Args:
         text: the text.
         cuts: characters before which a token must begin, since a model is to go on from there.
+        asked: characters whose tokens are asked for as well; there, a token may reach over.
         literal: where what looks like a special token is text.
     """
 
     text: str
     cuts: Sequence[int] = ()
+    asked: Sequence[int] = ()
     literal: Sequence[Range] = ()
 
 
 @dataclass
 class Tokens:
-    """Its tokens, and which of them begins at or behind each of some characters."""
+    """Its tokens, and which of them begins at or behind each of the characters that are asked for."""
 
     ids: list[int]
     at: dict[int, int] = field(default_factory=dict)
@@ -65,13 +67,8 @@ class Tokenize:
         one = next(iter(self._numbers), None)
         self._prefixed_again = one is not None and self._ids(f"{one}a") == [self._numbers[one], *bare]
 
-    def many(self, texts: Sequence[Text], behind: Sequence[Iterable[int]]) -> list[Tokens]:
-        """Tokens of texts.
-
-        Args:
-            texts: the texts.
-            behind: of each, characters whose tokens are asked for beside its cuts; there, a token may reach over.
-        """
+    def many(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Tokens of texts."""
         whole = [index for index, text in enumerate(texts) if self._exact and not text.literal]
         found: dict[int, Tokens] = {}
         if whole:
@@ -83,13 +80,10 @@ class Tokenize:
                 verbose=False,
             )
             for index, encoding in zip(whole, said.encodings, strict=True):
-                tokens = self._whole(encoding, texts[index], behind[index])
+                tokens = self._whole(encoding, texts[index])
                 if tokens is not None:
                     found[index] = tokens
-        return [
-            found.get(index) or self._in_pieces(text, asked)
-            for index, (text, asked) in enumerate(zip(texts, behind, strict=True))
-        ]
+        return [found.get(index) or self._in_pieces(text) for index, text in enumerate(texts)]
 
     def behind(self, prompt: Sequence[int], text: str, literal: Sequence[Range] = ()) -> list[int]:
         """Tokens of a text that goes on from others.
@@ -101,15 +95,15 @@ class Tokenize:
         """
         last = next((name for name, number in self._numbers.items() if [number] == list(prompt[-1:])), "\n")
         moved = [(start + len(last), end + len(last)) for start, end in literal]
-        (tokens,) = self.many([Text(last + text, [len(last)], moved)], [()])
+        (tokens,) = self.many([Text(last + text, [len(last)], literal=moved)])
         return tokens.ids[tokens.at[len(last)] :]
 
     @staticmethod
-    def _whole(encoding: Encoding, text: Text, behind: Iterable[int]) -> Tokens | None:
+    def _whole(encoding: Encoding, text: Text) -> Tokens | None:
         """Tokens out of the one call, or None where one reaches over a cut."""
         ids = encoding.ids
         at = {}
-        for character in {*text.cuts, *behind}:
+        for character in {*text.cuts, *text.asked}:
             position, index = character, None
             while position < len(text.text) and (index := encoding.char_to_token(position)) is None:
                 position += 1
@@ -122,9 +116,9 @@ class Tokenize:
             at[character] = index + (begins < character)
         return Tokens(ids, at)
 
-    def _in_pieces(self, text: Text, behind: Iterable[int]) -> Tokens:
+    def _in_pieces(self, text: Text) -> Tokens:
         own = self._own_special(text) if text.literal else {}
-        edges = sorted({0, len(text.text), *text.cuts, *behind, *own, *(end for end, _ in own.values())})
+        edges = sorted({0, len(text.text), *text.cuts, *text.asked, *own, *(end for end, _ in own.values())})
         ids: list[int] = []
         at = {0: 0}
         for start, end in pairwise(edges):

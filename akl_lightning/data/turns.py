@@ -1,12 +1,13 @@
 """Where the assistant's turns stand in a conversation that a chat template has written."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from akl_lightning.data.messages import content_text
-from akl_lightning.data.rendering import Message, Rendering, SampleError, Written
-from akl_lightning.data.templates import CLOSE, OPEN
+from akl_lightning.data.records import Message, content_text
+from akl_lightning.data.rendering import Rendering, SampleError, Written
+from akl_lightning.data.templates import CLOSE, OPEN, marked_ranges
 
 SPOT = "Whereto?"
 """Stands for the content of the message behind a turn."""
@@ -25,8 +26,8 @@ class Turn:
     end: int
     """Behind what ends it."""
 
-    marked: tuple[tuple[int, int], ...] | None = None
-    """What of it the template marks as generated, or None where it marks nothing at all."""
+    learnt: Sequence[tuple[int, int]] = ()
+    """What of it the template marks as generated, or all of it where it marks nothing at all."""
 
     def says(self, whole: str) -> bool:
         """Whether there is more of it than its end, in what the template has written."""
@@ -66,23 +67,17 @@ class Turns:
         for turn, following in pairwise(turns):
             if turn.end > following.start:
                 raise _unclear("two turns of the assistant stand in one another")
-        if marks is not None:
-            for turn in turns:
-                turn.marked = self._within(whole, turn, marks)
+        for turn in turns:
+            turn.learnt = [(turn.start, turn.end)] if marks is None else self._within(whole, turn, marks)
         return turns
 
     # ----------------------------------------------------------------------------------------------------------------
     # What the template marks
 
     def _marks(self, written: Written) -> list[tuple[int, int]] | None:
+        """What it marks; None without marks, or where it looks at what is in between."""
         text = self.rendering.marked(written.messages, written.tools)
-        if text is None or text.replace(OPEN, "").replace(CLOSE, "") != written.whole:
-            return None  # no marks, or ones that the template looks at what is in between
-        marks = []
-        for number, piece in enumerate(re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", text)):
-            start = piece.start() - 2 * number
-            marks.append((start, start + len(piece[1])))
-        return marks
+        return None if text is None else marked_ranges(text, written.whole)
 
     def _of_mark(self, whole: str, mark: tuple[int, int]) -> Turn:
         """A turn of which nothing is known but its mark."""
@@ -92,13 +87,13 @@ class Turns:
         return Turn(start, found.start(), found.end()) if found else Turn(start, behind, behind)
 
     @staticmethod
-    def _within(whole: str, turn: Turn, marks: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    def _within(whole: str, turn: Turn, marks: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """What of a turn is marked; where the last mark stands around the content alone, up to the end of the turn."""
         own = [(max(start, turn.start), min(end, turn.end)) for start, end in marks]
         own = [(start, end) for start, end in own if start < end]
         if own and not whole[own[-1][1] : turn.said].strip():
             own[-1] = (own[-1][0], turn.end)
-        return tuple(own)
+        return own
 
     # ----------------------------------------------------------------------------------------------------------------
     # What it writes step by step
@@ -158,13 +153,9 @@ class Turns:
         if core:
             before, behind = content[: content.find(core)], content[content.find(core) + len(core) :]
             other = self._replaced(written.messages, index, f"{before}{OPEN}{core}{CLOSE}{behind}")
-            text = self.rendering.text(other, written.tools)
-            if (
-                text.replace(OPEN, "").replace(CLOSE, "") == written.whole
-                and text.count(OPEN) == text.count(CLOSE) == 1
-            ):
-                start = text.find(OPEN)
-                return start, start + len(core)
+            found = marked_ranges(self.rendering.text(other, written.tools), written.whole)
+            if found and len(found) == 1:
+                return found[0]
         raise _unclear("it writes earlier turns anew when the conversation goes on")
 
     def _stop(self, written: Written, index: int) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.data.files import json_lines
-from akl_lightning.data.messages import content_text
 from akl_lightning.data.module import InstructionDataModule
+from akl_lightning.data.records import content_text
 from akl_lightning.data.sampler import FILLER
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.decoding import Decoding

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,7 +86,6 @@ class TokenBytes:
         """What tells the tokenizer from others."""
         self._dummy = self.join(self.encode("a")) != b"a"
         self._dummied = self._behind_which_a_space(added, tokenizer.bos_token_id)
-        self._counted: tuple[Tensor, Tensor, Tensor] | None = None
 
     @staticmethod
     def _check(described: dict[str, Any], kind: str, role: str) -> None:
@@ -135,19 +135,25 @@ class TokenBytes:
                 writes a space of its own, which is not counted. Where it writes none before a space of the text, as few
                 do, that one goes uncounted.
         """
-        if self._counted is None:
-            said = [*(of or b"" for of in self.bytes), b""]
-            spaced, dummied = (
-                torch.tensor([of.startswith(b" ") for of in said]),
-                torch.tensor([token in self._dummied for token in range(len(said))]),
-            )
-            self._counted = torch.tensor([len(of) for of in said]), spaced, dummied
         lengths, spaced, dummied = (of.to(tokens.device) for of in self._counted)
         last = len(self.bytes)
         tokens = tokens.clamp(max=last)
         if before is None:
             return lengths[tokens]
         return lengths[tokens] - (spaced[tokens] & dummied[before.clamp(max=last)]).long()
+
+    @cached_property
+    def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each token its length, whether it begins with a space, and whether one of the tokenizer's own follows it.
+
+        The last stands for all beyond the vocabulary.
+        """
+        said = [*(of or b"" for of in self.bytes), b""]
+        return (
+            torch.tensor([len(of) for of in said]),
+            torch.tensor([of.startswith(b" ") for of in said]),
+            torch.tensor([token in self._dummied for token in range(len(said))]),
+        )
 
     def join(self, tokens: Sequence[int]) -> bytes:
         """What tokens say, one after another; each that has no bytes is a :data:`GAP`."""
@@ -170,16 +176,15 @@ class TokenBytes:
         found: list[int | None] = [None] * len(pieces)
         missing = [number for number, text in enumerate(texts) if text is not None]
         for carrier in _CARRIERS if self._dummy else ("",):
-            whole = [carrier + str(texts[number]) for number in missing]
-            for number, encoding in zip(
-                missing, self._backend.encode_batch(whole, add_special_tokens=False), strict=True
-            ):
+            whole = [f"{carrier}{texts[number]}" for number in missing]
+            encodings = self._backend.encode_batch(whole, add_special_tokens=False)
+            for number, encoding in zip(missing, encodings, strict=True):
                 found[number] = self._begins(encoding.ids, carrier, pieces[number])
             missing = [number for number in missing if found[number] is None]
-        for number, piece in enumerate(pieces):
-            if found[number] is None:
-                found[number] = self._begins_raw(piece, texts[number])
-        return found
+        return [
+            self._begins_raw(piece, text) if token is None else token
+            for piece, text, token in zip(pieces, texts, found, strict=True)
+        ]
 
     def _begins(self, tokens: Sequence[int], carrier: str, piece: bytes) -> int | None:
         """The token behind a carrier, if one begins there."""

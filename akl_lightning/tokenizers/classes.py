@@ -1,12 +1,8 @@
 """Classes of tokens over two vocabularies: what a token of one can be compared with in the other."""
 
-import hashlib
-import inspect
-import json
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from akl_lightning.checkpoint import atomic_file, check_writable
+from akl_lightning.checkpoint import atomic_file
+from akl_lightning.data.cached import cache_folder, key_of
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers.bytes import TokenBytes
 
@@ -110,21 +107,17 @@ def _counted(student: Tensor, teacher: Tensor) -> Partition:
 
 def find_partition(student: Vocabulary, teacher: Vocabulary) -> Partition:
     """:func:`partition`, from the cache of ``datasets`` where it was made before."""
-    import datasets
     import scipy
 
-    if not datasets.is_caching_enabled():
+    folder = cache_folder()
+    if folder is None:
         return partition(student, teacher)
     depends_on = [[side.tokens.digest, sorted(side.ends), side.outputs] for side in (student, teacher)]
-    code = [inspect.getsource(one) for one in (partition, TokenBytes)]
-    key = hashlib.sha256(json.dumps([depends_on, code, scipy.__version__]).encode()).hexdigest()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "akl_lightning"
-    path = folder / f"classes-{key[:32]}.safetensors"
+    path = folder / f"classes-{key_of([depends_on, scipy.__version__], (partition, TokenBytes))[:32]}.safetensors"
     with suppress(OSError, SafetensorError):  # it is not there, or damaged
         found = load_file(path)
         return _counted(found["student"], found["teacher"])
     made = partition(student, teacher)
-    check_writable(folder)
     with atomic_file(path) as file:
         save_file({"student": made.student.contiguous(), "teacher": made.teacher.contiguous()}, file)
     return made

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from akl_lightning.data.chat import Chat
 from akl_lightning.data.files import ending
-from akl_lightning.data.messages import content_text
-from akl_lightning.data.records import Source
+from akl_lightning.data.records import Source, content_text
 from akl_lightning.data.sources import Docstrings, Files
 from akl_lightning.errors import UsageError
 from akl_lightning.models.load import load_tokenizer

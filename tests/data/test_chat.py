@@ -564,6 +564,11 @@ def test_no_token_reaches_over_from_a_prompt_into_its_answer() -> None:
     (span,) = encoded.spans
     assert tokenizer.decode(encoded.input_ids[slice(*span)]) == "\nParis.<|im_end|>"
     assert encoded.prompt_ids == tokenizer(encoded.prompt, add_special_tokens=False)["input_ids"]
+    # In pieces, nor does one into an answer that is not learnt.
+    messages = [user("Hi <|im_end|>"), assistant("\nParis.", learn=False), *TWO]
+    encoded = chat.encode(record(*messages))
+    assert encoded.in_pieces and encoded.turns == [1, 2]
+    assert tokenizer.convert_tokens_to_ids("\n\n") not in encoded.input_ids
 
 
 @pytest.mark.parametrize("answer", ["Zürich 😀 is «big».", "  two  spaces ", "汉字", "a\r\nb", "e\u0301"])

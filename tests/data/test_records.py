@@ -164,6 +164,9 @@ def test_what_is_left_is_counted() -> None:
     row, notes = read(preference)
     assert row["form"] == "messages" and sum(notes.values()) == 3
     assert notes["have a rejected response, which is left"] == 1
+    # A field that is named like one of another form is left once.
+    _, notes = read({"messages": messages, "prompt": "a"}, instruction="prompt", output="answer")
+    assert notes == {"have a field 'prompt' that is left, because of their 'messages'": 1}
     _, notes = read({"instruction": "a", "input": 0, "output": True})
     assert notes["have a number or boolean under 'input', read as a text"] == 1
 
