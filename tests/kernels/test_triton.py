@@ -458,9 +458,10 @@ def test_what_it_takes() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    """The tests above on a CPU, in a process of their own: Triton decides when it is imported."""
+    """The kernels' tests on a CPU, in a process of their own: Triton decides when it is imported."""
+    files = [__file__, str(Path(__file__).with_name("test_classes.py"))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
         check=False,
     )  # fmt: skip
