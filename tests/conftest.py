@@ -30,6 +30,7 @@ from akl_lightning.evaluation.generate import AnswerEvaluation
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.cache.writer import CacheWriter, write_cache
 
+TESTS = Path(__file__).parent
 PAIRS = [
     {"instruction": f"Say {word}", "input": "", "output": f"{word} and {word} again" + " yes" * (index % 7)}
     for index, word in enumerate(
@@ -40,9 +41,19 @@ PAIRS = [{**pair, "instruction": f"{pair['instruction']} {index}"} for index, pa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, so that the workers of pytest-xdist end together."""
+    """What takes long comes first, so that the workers of pytest-xdist end together.
+
+    By files, each of which one worker has: what a file's tests share is made once. The package's examples come last.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     folders = {"end_to_end": 1, "distributed": 2, "recipes": 3, "evaluation": 4}
-    items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else folders.get(item.path.parent.name, 5))
+
+    def place(path: Path) -> int:
+        if path in slow:
+            return 0
+        return folders.get(path.parent.name, 5) if path.is_relative_to(TESTS) else 6
+
+    items.sort(key=lambda item: place(item.path))
 
 
 @pytest.fixture(autouse=True)

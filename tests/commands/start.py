@@ -1,10 +1,10 @@
 """Commands in processes of their own that start at once: forked from one that has done the imports.
 
 A command that imports torch, transformers and Lightning needs six seconds of a core for it, whatever it does then. The
-stand-ins for ``python`` and ``akl`` in the folder :func:`warm` take the same arguments and are started, waited for and
-killed in the same ways, from Python or from a shell. A stand-in (``client.py``) hands its arguments, folder,
-environment, input and outputs to a server (``server.py``), which forks; the fork is the command, and the stand-in ends
-as it does.
+stand-ins for ``python``, ``akl`` and ``torchrun`` in the folder :func:`warm` take the same arguments and are started,
+waited for and killed in the same ways, from Python or from a shell. A stand-in (``client.py``) hands its arguments,
+folder, environment, input and outputs to a server (``server.py``), which forks; the fork is the command, and the
+stand-in ends as it does.
 """
 
 import socket
@@ -23,7 +23,7 @@ def python() -> str:
 
 
 def warm() -> Path:
-    """The folder of ``python`` and ``akl``."""
+    """The folder of ``python``, ``akl`` and ``torchrun``."""
     return _server()[0]
 
 
@@ -31,7 +31,8 @@ def warm() -> Path:
 def _server() -> tuple[Path, subprocess.Popen[bytes]]:
     """Started when it is first needed; it ends, and removes its folder, when this process and so its input ends."""
     folder = Path(tempfile.mkdtemp(prefix="akl-commands-"))
-    for name, first in (("python", ""), ("akl", Path(sys.executable).with_name("akl"))):
+    akl = Path(sys.executable).with_name("akl")
+    for name, first in (("python", ""), ("akl", akl), ("torchrun", "-m torch.distributed.run")):
         client = f"{sys.executable} -SE {HERE}/client.py {folder}/socket {first}"
         (folder / name).write_text(f'#!/bin/sh\nexec {client} "$@"\n')
         (folder / name).chmod(0o755)

@@ -55,6 +55,9 @@ def test_it_and_what_it_starts_are_what_they_stand_for(tmp_path: Path) -> None:
         "{fit,validate,test,predict,cache,generate,judge,show,tokenizers}"
         in run("--help", program=str(warm() / "akl"))[1]
     )
+    code = "import os; print(os.environ['RANK'])"
+    command = ["--standalone", "--nproc_per_node", "2", "--no-python", python(), "-c", code]
+    assert set(run(*command, program=str(warm() / "torchrun"))[1].split()) == {"0", "1"}
 
 
 def test_it_has_the_files_that_it_was_given() -> None:

@@ -212,7 +212,7 @@ def test_killed_ten_times_at_random(folder: Path, undisturbed: Path, tmp_path: P
         process = start(folder, output, pace=0.02, ckpt_path=last(output))
         while process.is_alive() and not place(output):
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 2.5) if kills < 10 else 0)
+        time.sleep(draw.uniform(0, 1.2) if kills < 10 else 0)
         if kills < 10 and process.is_alive():
             process.kill()
             finish(process, output)

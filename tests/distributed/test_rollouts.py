@@ -104,8 +104,10 @@ def fit(folder: Path, out: Path, ckpt_path: Path | None = None, last: bool = Fal
     torch.save((seen.responses, weights, said, rkl), out / f"rank{trainer.global_rank}.pt")
 
 
-def fit_on_rank(rank: int, folder: Path, out: Path, settings: dict[str, Any]) -> None:
-    fit(folder, out, **{"devices": 2, **settings})
+def fit_on_rank(rank: int, folder: Path, *runs: tuple[Path, dict[str, Any]]) -> None:
+    for out, settings in runs:
+        out.mkdir(exist_ok=True)
+        fit(folder, out, **{"devices": 2, **settings})
 
 
 def found(out: Path) -> tuple[dict[Any, Any], dict[str, torch.Tensor], str, float]:
@@ -113,20 +115,19 @@ def found(out: Path) -> tuple[dict[Any, Any], dict[str, torch.Tensor], str, floa
     return {key: value for part in parts for key, value in part[0].items()}, *parts[0][1:]
 
 
-@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("strategy", "accumulated"), [("ddp", 1), ("fsdp2", 2)])
-def test_two_ranks_sample_what_one_does(
-    folder: Path, tmp_path: Path, strategy: str, accumulated: int, lora: bool
-) -> None:
-    outs = [tmp_path / name for name in ("one", "two")]
-    for out in outs:
+def test_two_ranks_sample_what_one_does(folder: Path, tmp_path: Path, strategy: str, accumulated: int) -> None:
+    settings = {"strategy": strategy, "accumulate_grad_batches": accumulated}
+    students = {"whole": False, "lora": True}
+    launch(fit_on_rank, folder, *((tmp_path / name, {**settings, "lora": lora}) for name, lora in students.items()))
+    for name, lora in students.items():
+        out = tmp_path / f"{name} on one"
         out.mkdir()
-    fit(folder, outs[0], lora=lora)
-    launch(fit_on_rank, folder, outs[1], {"strategy": strategy, "accumulate_grad_batches": accumulated, "lora": lora})
-    (one, weights, _, rkl), (two, same, _, same_rkl) = found(outs[0]), found(outs[1])
-    assert one == two and len(one) > 10
-    assert apart(weights, same) < 1e-5
-    assert rkl == pytest.approx(same_rkl, rel=0.05)  # on samples that each rank takes out of its own
+        fit(folder, out, lora=lora)
+        (one, weights, _, rkl), (two, same, _, same_rkl) = found(out), found(tmp_path / name)
+        assert one == two and len(one) > 10
+        assert apart(weights, same) < 1e-5
+        assert rkl == pytest.approx(same_rkl, rel=0.05)  # on samples that each rank takes out of its own
 
 
 @pytest.mark.parametrize(("strategy", "failing"), [("ddp", "engine"), ("fsdp2", "engine"), ("fsdp2", 0), ("fsdp2", 3)])
@@ -134,26 +135,21 @@ def test_what_fails_on_one_rank_ends_both_and_nothing_is_lost(
     folder: Path, tmp_path: Path, strategy: str, failing: str | int
 ) -> None:
     outs = [tmp_path / name for name in ("whole", "failed", "resumed")]
-    for out in outs:
-        out.mkdir()
     settings = {"strategy": strategy, "limit_val_batches": 0}
-    launch(fit_on_rank, folder, outs[0], settings)
-    launch(fit_on_rank, folder, outs[1], {**settings, "failing": failing, "last": True})
+    launch(fit_on_rank, folder, (outs[0], settings), (outs[1], {**settings, "failing": failing, "last": True}))
     for rank in range(2):
         said = torch.load(outs[1] / f"rank{rank}.pt")[2]
         assert said.startswith("no rollouts at optimizer step 2, ") and "says: no room; mend that" in said
-    launch(fit_on_rank, folder, outs[2], {**settings, "ckpt_path": outs[1] / "last.ckpt"})
+    launch(fit_on_rank, folder, (outs[2], {**settings, "ckpt_path": outs[1] / "last.ckpt"}))
     assert apart(found(outs[0])[1], found(outs[2])[1]) == 0
 
 
 def test_rollouts_that_wait_go_on_on_both_ranks(folder: Path, tmp_path: Path) -> None:
-    outs = [tmp_path / name for name in ("whole", "stopped", "resumed")]
-    for out in outs:
-        out.mkdir()
+    outs = [tmp_path / name for name in ("whole", "stopped", "resumed", "again")]
     settings = {"strategy": "ddp", "refresh_every": 3, "limit_val_batches": 0}
-    launch(fit_on_rank, folder, outs[0], settings)
-    launch(fit_on_rank, folder, outs[1], {**settings, "breaks": 2, "last": True})
-    launch(fit_on_rank, folder, outs[2], {**settings, "ckpt_path": outs[1] / "last.ckpt"})
+    launch(fit_on_rank, folder, (outs[0], settings), (outs[1], {**settings, "breaks": 2, "last": True}))
+    settings["ckpt_path"] = outs[1] / "last.ckpt"
+    launch(fit_on_rank, folder, (outs[2], settings), (outs[3], {**settings, "breaks": 3, "last": True}))
     saved = torch.load(outs[1] / "last.ckpt", weights_only=True)["rollouts"]
     keys = [tuple(entry[:2]) for entry in saved["waiting"]]
     assert (
@@ -161,10 +157,7 @@ def test_rollouts_that_wait_go_on_on_both_ranks(folder: Path, tmp_path: Path) ->
     )  # steps 0 to 2 were sampled at once
     assert len(saved["watch"]["lengths"]) == len(found(outs[1])[0])  # of both ranks
     # A run that has gone on keeps no more.
-    again = outs[1].with_name("again")
-    again.mkdir()
-    launch(fit_on_rank, folder, again, {**settings, "ckpt_path": outs[1] / "last.ckpt", "breaks": 3, "last": True})
-    later = torch.load(again / "last.ckpt", weights_only=True)["rollouts"]
+    later = torch.load(outs[3] / "last.ckpt", weights_only=True)["rollouts"]
     assert later["waiting"] == [] and later["watch"] == saved["watch"]
     whole, resumed = found(outs[0]), found(outs[2])
     assert resumed[0] == {key: value for key, value in whole[0].items() if key[0] >= 2}

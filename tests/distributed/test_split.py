@@ -108,7 +108,8 @@ def test_another_batch_is_another_update(folder: Path, whole: dict[str, Any]) ->
 PRECISIONS = ("bf16-mixed", "bf16-true")
 
 
-def work_in_lower_precision(rank: int, folder: Path, strategy: str) -> None:
+def work_on_two(rank: int, folder: Path, strategy: str) -> None:
+    work(rank, folder, strategy)
     for precision in PRECISIONS:
         trainer, _ = fit(folder, "sgd", 8, 1, strategy=strategy, devices=2, precision=precision)
         found = results(trainer)
@@ -116,9 +117,14 @@ def work_in_lower_precision(rank: int, folder: Path, strategy: str) -> None:
             torch.save(found, folder / f"{strategy}, {precision}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def strategy(folder: Path, request: pytest.FixtureRequest) -> str:
+    """Behind which lies what two processes have done with it."""
+    launch(work_on_two, folder, request.param)
+    return request.param
+
+
 def test_two_processes_in_lower_precision(folder: Path, strategy: str) -> None:
-    launch(work_in_lower_precision, folder, strategy)
     start = {name: value.double() for name, value in module_of(folder).state_dict().items()}
     for precision in PRECISIONS:
         found = torch.load(folder / f"{strategy}, {precision}.pt")
@@ -130,9 +136,7 @@ def test_two_processes_in_lower_precision(folder: Path, strategy: str) -> None:
         assert found["metrics"]["val/divergence"] == pytest.approx(whole["metrics"]["val/divergence"], rel=0.02)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes(folder: Path, whole: dict[str, Any], strategy: str) -> None:
-    launch(work, folder, strategy)
     for optimizer in OPTIMIZERS:
         for name in SPLITS:
             check(torch.load(folder / f"{strategy}, {optimizer}, {name}.pt"), whole[optimizer], optimizer)

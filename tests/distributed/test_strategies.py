@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -290,16 +289,17 @@ def test_when_a_process_dies_the_run_ends_in_one_sentence(
     path.write_text(json.dumps(settings))
     (folder / "out").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.training", str(path)], stderr=subprocess.PIPE, text=True
+        [python(), "-m", "tests.distributed.training", str(path)], stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for(folder / "out/place")
+        run = (folder / "out/pid").read_text()
         other: list[int] = []
         until = time.monotonic() + 60
         while not other and time.monotonic() < until:  # a worker begins a little later, and anew with each epoch
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            children = Path(f"/proc/{run}/task/{run}/children").read_text().split()
             with suppress(FileNotFoundError):
-                other = [int(pid) for pid in children if "training" in Path(f"/proc/{pid}/cmdline").read_text()]
+                other = [int(pid) for pid in children if "tests/commands" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(other[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
         assert process.returncode in sentences

@@ -75,6 +75,8 @@ class Pace(Callback):
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.place, self.seconds = folder / "place", seconds
+        if "LOCAL_RANK" not in os.environ:  # of the process that has started the others
+            (folder / "pid").write_text(str(os.getpid()))
         fsync = os.fsync
 
         def slow_fsync(handle: int) -> None:

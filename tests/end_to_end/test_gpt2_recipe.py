@@ -34,9 +34,6 @@ SMALL = {
     "--teacher.cache_dir": "cache",
 }
 
-ONE_AFTER_ANOTHER = pytest.mark.xdist_group("gpt2_recipe")
-"""Runs that find the teacher of the first: one worker has them all."""
-
 
 def start(folder: Path, *arguments: str, **changed: str) -> subprocess.Popen[str]:
     settings = [part for name, value in {**SMALL, **changed}.items() for part in (name, value)]
@@ -77,7 +74,6 @@ def first(screen: terminal.Screen) -> str:
     return "\n".join(screen.lines())
 
 
-@ONE_AFTER_ANOTHER
 def test_the_screen_of_the_first_run_can_be_read(screen: terminal.Screen) -> None:
     rows = screen.rows()
     shown = "\n".join(rows)
@@ -99,7 +95,6 @@ def figures(run: Path) -> dict[str, dict[str, float]]:
     return json.loads((run / "report.json").read_text())["figures"]
 
 
-@ONE_AFTER_ANOTHER
 def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) -> None:
     run = folder / "runs/gpt2_distill"
     assert "Teacher: training" in first
@@ -143,7 +138,6 @@ def test_first_run_trains_distils_reports_and_exports(folder: Path, first: str) 
     assert torch.equal(twin.eval()(**batch).logits, student(**batch).logits)
 
 
-@ONE_AFTER_ANOTHER
 def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first: str) -> None:
     half = {"--trainer.limit_test_batches": "2"}
     output = run(folder, "--model.criterion.divergence.init_args.mu", "0.6", **{"--trainer.devices": "2", **half})
@@ -159,7 +153,6 @@ def test_later_runs_find_the_teacher_on_several_devices_too(folder: Path, first:
             assert rows[model][figure] == pytest.approx(alone[model][figure], rel=1e-4, abs=1e-5)
 
 
-@ONE_AFTER_ANOTHER
 def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
     rate = {"--model.optimizer.init_args.lr": "1e-5"}
     given = ("--ckpt_path", "runs/gpt2_distill/checkpoints/last.ckpt")
@@ -171,7 +164,6 @@ def test_a_run_goes_on_from_its_checkpoint(folder: Path, first: str) -> None:
     assert "student-v1" in output  # the export of the shorter run is left alone
 
 
-@ONE_AFTER_ANOTHER
 def test_trainer_flags_and_divergences_by_name(folder: Path, first: str) -> None:
     output = run(
         folder,

@@ -29,7 +29,7 @@ from akl_lightning.evaluation.answers import answers_by_prompt, pair_answers
 from akl_lightning.evaluation.chat import ChatEndpoint, Reply, ReplyFile
 from akl_lightning.evaluation.judge import PROMPT, judge, parse_scores, verdict
 from akl_lightning.models.load import load_causal_lm, load_tokenizer
-from tests.commands.start import warm
+from tests.commands.start import python, warm
 from tests.evaluation.judge_server import Behaviour, Handler, Server, completion, rate, well, write
 
 KEY = "sk-very-secret-0123456789"
@@ -625,7 +625,7 @@ def smollm2(tmp_path: Path) -> Iterator[tuple[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
+    command = [python(), "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log = (tmp_path / "serve.log").open("w+")
     server = subprocess.Popen(

@@ -1,9 +1,9 @@
-"""How classes are laid out, and what merges them: plain torch and, under its interpreter or on a GPU, Triton."""
+"""How classes are laid out, and what merges them: plain torch and, under its interpreter or on a GPU, Triton.
+
+``test_triton.py`` starts them under the interpreter.
+"""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -122,14 +122,3 @@ def test_no_number_is_hidden() -> None:
         logits[1, column] = torch.nan
         plain.merge(logits, classes.student, classes, 1.0, True)
         assert logits[:, : classes.width].isnan().sum(-1).tolist() == [0, 1, 0]
-
-
-@pytest.mark.skipif(INTERPRETED or ON_A_GPU, reason="they have run")
-def test_under_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import shutil
 import warnings
@@ -37,6 +36,7 @@ from akl_lightning.teachers.cache.format import file_digest, manifest_checksum, 
 from akl_lightning.teachers.cache.reader import CachedTeacher
 from akl_lightning.teachers.cache.samples import sample_digests
 from tests.conftest import PAIRS, QUIET, Bigram, gpt2, write
+from tests.distributed.training import forkserver
 
 
 def module(teacher: Any, **settings: Any) -> DistillationModule:
@@ -212,9 +212,9 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(
         Trainer(**QUIET, max_epochs=3).fit(module(other), data, ckpt_path=tmp_path / "one.ckpt")
 
 
-def test_it_travels_to_a_spawned_process(cache: Path, data: InstructionDataModule) -> None:
+def test_it_travels_to_another_process(cache: Path, data: InstructionDataModule) -> None:
     teacher, batch = CachedTeacher(cache), next(iter(data.samples("train", 4)))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with forkserver().Pool(1) as pool:
         hidden = pool.apply(_hidden, (teacher, batch))
     assert torch.equal(hidden, _hidden(teacher, batch))
 
