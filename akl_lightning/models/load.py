@@ -1,7 +1,9 @@
 """Load a causal language model, or its tokenizer, from wherever it lies."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -178,7 +180,16 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     """
     location = _location(source)
     with _explained("tokenizer", source):
+        if "gguf_file" in location:
+            file = Path(location["pretrained_model_name_or_path"], location["gguf_file"])
+            return copy.deepcopy(_gguf_tokenizer(file, file.stat().st_mtime_ns))
         return AutoTokenizer.from_pretrained(**location, trust_remote_code=trust_remote_code)
+
+
+@lru_cache(maxsize=2)
+def _gguf_tokenizer(file: Path, changed: int) -> PreTrainedTokenizerBase:
+    """Kept, as it takes seconds to make, and a run asks for that of student, teacher and data."""
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
 
 
 def _location(source: str) -> dict[str, str]:

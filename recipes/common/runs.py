@@ -28,6 +28,7 @@ from akl_lightning.callbacks import (
 from akl_lightning.checkpoint import claim_folder, free_path
 from akl_lightning.checkpoint_io import newest_checkpoint
 from akl_lightning.cli import DistillationCLI
+from akl_lightning.data.collate import column
 from akl_lightning.errors import UsageError
 from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
@@ -224,10 +225,11 @@ def distill(cli: RunCLI) -> None:
 
     def look_at(name: str, module: DistillationModule) -> None:
         path = run / "answers" / f"{name.replace(' ', '-')}-{{key}}.jsonl"
-        figures, answers[name] = evaluate(trainer, module, data, path, decoding)
-        rows[name] = {name: value for name, value in figures.items() if not math.isnan(value)}
-        if "cross_entropy" not in rows[name] and watched and name != "teacher":
-            rows[name] |= evaluate_rollouts(trainer, module, data)
+        rows[name], answers[name] = evaluate(trainer, module, data, path, decoding)
+        if not column(data.splits["test"], "learnt").any():  # prompts alone
+            rows[name] = {figure: value for figure, value in rows[name].items() if not math.isnan(value)}
+            if watched and name != "teacher":
+                rows[name] |= evaluate_rollouts(trainer, module, data)
 
     say("[bold]The student before distillation")
     look_at("student before", module)
