@@ -271,7 +271,9 @@ print("scipy.signal" in sys.modules, sys.modules["torchmetrics"].MeanMetric.__na
 import scipy.signal
 print(scipy.signal.windows.hamming(3)[1], "scipy.signal" in sys.modules)
 """
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     with relies_on("torchmetrics imports scipy.signal when it is imported itself, for one name in it"):
         assert said == "True\nFalse MeanMetric\n1.0 True\n"
 
