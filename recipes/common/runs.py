@@ -34,7 +34,7 @@ from akl_lightning.evaluation.answers import Record
 from akl_lightning.evaluation.decoding import Decoding
 from akl_lightning.module import DistillationModule
 from akl_lightning.teachers.aligned import AlignedTeacher
-from akl_lightning.teachers.cache.format import CACHE_PREFIX
+from akl_lightning.teachers.choose import is_cache
 from akl_lightning.teachers.live import LiveTeacher
 from common.report import comparison_table, evaluate, evaluate_rollouts
 
@@ -88,11 +88,15 @@ class RunCLI(DistillationCLI):
             config.ckpt_path = checkpoint
         self.config = config
 
+    def look_first(self) -> None:
+        """Refuse a cache, too."""
+        if is_cache(self.config.model.teacher):
+            raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
+        super().look_first()
+
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder, and what watches the run."""
         config = self.config
-        if str(config.model.teacher).startswith(CACHE_PREFIX):
-            raise UsageError("this recipe lets the teacher answer prompts, which a cache cannot: train with akl fit.")
         super().before_instantiate_classes()
         if config.ckpt_path is None:
             self.run_folder = claim_run(Path(config.output_dir))

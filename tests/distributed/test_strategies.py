@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from akl_lightning.callbacks import StudentExport
+from akl_lightning.models.split import SplitModel
 from akl_lightning.module import DistillationModule
 from akl_lightning.parallel import FSDP2Strategy, data_parallel_mesh, load_sharded, wrapping_policy
-from akl_lightning.teachers.live import _frozen
 from tests.commands.start import python
 from tests.conftest import QUIET, gpt2
 from tests.distributed.training import apart, data_of, free_port, launch, module_of, prepare, whole_state
@@ -128,7 +128,7 @@ def load_teachers(rank: int, folder: Path) -> None:
     for name in ("gpt2", "llama", "gemma2"):
         reference = AutoModelForCausalLM.from_pretrained(folder / name).eval()
         expected = reference(**batch).logits
-        sharded = load_sharded(str(folder / name), mesh, _frozen)
+        sharded = load_sharded(str(folder / name), mesh, lambda model: SplitModel(model).requires_grad_(False))
         assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in sharded.parameters()), name
         with torch.no_grad():
             found = sharded.eval()(batch)
