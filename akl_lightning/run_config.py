@@ -17,7 +17,7 @@ class RunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the name and write them, once."""
-        if not self.already_saved:
+        if not self.already_saved and not self.overwrite:
             # The log_dir is broadcast: every rank has to ask for it.
             folder = trainer.log_dir if self.save_to_log_dir else trainer.default_root_dir
             path = free_path(Path(folder or ".", self.config_filename))

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from transformers import AutoTokenizer
 
 from akl_lightning import callbacks
-from akl_lightning.cli import main
+from akl_lightning.cli import DistillationCLI, main
 from akl_lightning.errors import UsageError
 from common.runs import RunCLI
 from tests.conftest import gpt2
@@ -77,6 +77,15 @@ def test_without_a_logger_a_second_run_writes_its_settings_beside_the_firsts(
         assert akl(monkeypatch, "fit", *RUN, "--model.optimizer.lr", rate, "--trainer.logger", "false") == 0
     saved = [yaml.safe_load((folder / name).read_text()) for name in ("config.yaml", "config-v1.yaml")]
     assert [config["model"]["optimizer"]["init_args"]["lr"] for config in saved] == [0.1, 0.2]
+
+
+def test_settings_are_overwritten_by_whoever_asks_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rate in ("0.1", "0.2"):
+        given = ["fit", *RUN, "--model.optimizer.lr", rate, "--trainer.logger", "false"]
+        monkeypatch.setattr(sys, "argv", ["own.py", *given])
+        DistillationCLI(save_config_kwargs={"overwrite": True})
+    (saved,) = folder.glob("config*.yaml")
+    assert yaml.safe_load(saved.read_text())["model"]["optimizer"]["init_args"]["lr"] == 0.2
 
 
 def test_a_run_that_goes_on_has_the_rate_of_the_flag(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

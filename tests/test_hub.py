@@ -94,7 +94,13 @@ def test_a_model_that_can_be_loaded_is_found_without_its_weights(
     state = load_file(tmp_path / "old/model.safetensors")
     torch.save(state, tmp_path / "old/pytorch_model.bin")
     (tmp_path / "old/model.safetensors").unlink()
-    folders = [str(tmp_path / name) for name in ("whole", "adapter", "old")]
+    gpt2(16).save_pretrained(apart := tmp_path / "apart", max_shard_size="10KB")
+    (apart / "shards").mkdir()
+    for shard in apart.glob("*.safetensors"):
+        shard.rename(apart / "shards" / shard.name)
+    index = apart / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(': "model-', ': "shards/model-'))
+    folders = [str(tmp_path / name) for name in ("whole", "adapter", "old", "apart")]
     new = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9}
     sources = [*folders, {"layers_of": folders[0], "keep": [0]}, new, gpt2(16)]
     for source in sources:

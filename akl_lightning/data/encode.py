@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from akl_lightning.data import chat as chats
 from akl_lightning.data import lengths as fitting
 from akl_lightning.data import messages, rendering, templates, tokens, turns
+from akl_lightning.data import records as forms_of_records
 from akl_lightning.data.cached import content_of, key_of, map_tables
 from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.collate import column
@@ -124,7 +125,7 @@ def _columns(row: Fitted) -> dict[str, Any]:
     }
 
 
-_CODE = (_encode, _columns, fitting, chats, messages, rendering, templates, tokens, turns)
+_CODE = (_encode, _columns, fitting, chats, messages, forms_of_records, rendering, templates, tokens, turns)
 
 
 def _described(tokenizer: PreTrainedTokenizerBase) -> Any:

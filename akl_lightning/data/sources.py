@@ -226,7 +226,11 @@ class HubDataset(Source):
         known = known_columns(where, data.column_names, self.forms.columns) if len(data) else []
 
         def rows(notes: Counter) -> Iterator[Row | None]:
-            bar = tqdm(data.select_columns(known).with_format(None), desc=f"Reading {where}", leave=False)
+            batches = data.select_columns(known).with_format(None).iter(1000)
+            rows = (
+                dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)
+            )
+            bar = tqdm(rows, desc=f"Reading {where}", total=len(data), leave=False)
             for record, row, at in records_of(where, bar):
                 yield self.forms.read(record, where, row, at, split, notes)
 

@@ -1,6 +1,7 @@
 """Chat templates as Jinja texts: those of this package by name, format strings, files."""
 
 import ast
+import json
 import re
 import string
 from collections.abc import Mapping, Set
@@ -155,7 +156,8 @@ def is_plain(value: Any) -> bool:
     >>> is_plain({"levels": [1, 0.5, "é", None]}), is_plain(PINNED)
     (True, False)
     """
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, TypeError):
+        json.dumps(value)  # not of sets, bytes or complex numbers, which Python can read again and Jinja cannot
         return bool(ast.literal_eval(ascii(value)) == value)
     return False
 

@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -120,10 +121,11 @@ def look_for_causal_lm(source: Any, trust_remote_code: bool = False, role: str =
         if base is not None:
             look_for_causal_lm(base, trust_remote_code, f"base of the {role} {source!r},")
             return
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    weights = (".safetensors", ".bin")
-    # A model with code of its own may well keep them elsewhere.
-    if folder.is_dir() and not trust_remote_code and not any(file.suffix in weights for file in folder.iterdir()):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    # A model with code of its own, or whose config says so, may well keep them elsewhere.
+    elsewhere = trust_remote_code or getattr(config, "transformers_weights", None) is not None
+    weights = (".safetensors", ".bin", ".index.json")
+    if folder.is_dir() and not elsewhere and not any(file.name.endswith(weights) for file in folder.iterdir()):
         raise UsageError(
             f"cannot load the {role} {source!r}: there are no weights in it, model.safetensors or pytorch_model.bin; "
             "give the folder that save_pretrained wrote."
@@ -138,10 +140,8 @@ def _check_mapping(source: Mapping[str, Any], role: str) -> None:
         return
     if "model_type" not in source:
         raise UsageError(f"the {role}'s config {dict(source)} has no model_type: name one, gpt2 for example.")
-    try:
-        AutoConfig.for_model(source["model_type"])
-    except ValueError as error:
-        raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.") from error
+    if source["model_type"] not in CONFIG_MAPPING:
+        raise UsageError(f"transformers knows no model_type {source['model_type']!r}: use one it has.")
 
 
 def outline_causal_lm(
@@ -180,8 +180,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     """
     location = _location(source)
     with _explained("tokenizer", source):
-        if "gguf_file" in location:
-            file = Path(location["pretrained_model_name_or_path"], location["gguf_file"])
+        file = Path(location["pretrained_model_name_or_path"], location.get("gguf_file", ""))
+        if "gguf_file" in location and file.is_file():  # not one on the hub
             return copy.deepcopy(_gguf_tokenizer(file, file.stat().st_mtime_ns))
         return AutoTokenizer.from_pretrained(**location, trust_remote_code=trust_remote_code)
 

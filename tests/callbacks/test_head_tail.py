@@ -33,6 +33,23 @@ def test_the_plot_has_a_point_per_epoch_and_goes_on_after_a_resume(data: Instruc
     assert all(len(line.get_xdata()) == 4 for line in axes.lines)
 
 
+def test_a_validation_of_its_own_draws_nothing_and_what_lies_in_the_folder_stays(
+    data: InstructionDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Trainer(**QUIET, max_epochs=1, callbacks=[HeadTailPlot(str(tmp_path / "one"))])
+    one.fit(DistillationModule(gpt2(16), gpt2(24)), data)
+    one.save_checkpoint(tmp_path / "one.ckpt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "head_tail_error.png").write_text("another's")
+    plot, module = HeadTailPlot(), DistillationModule(gpt2(16), gpt2(24))
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[plot], default_root_dir=tmp_path / "two")
+    trainer.validate(module, data, ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    assert plot.path is None
+    trainer.fit(module, data)
+    assert plot.path == tmp_path / "two/head_tail_error.png" and plot.path.is_file()
+    assert (tmp_path / "head_tail_error.png").read_text() == "another's"
+
+
 def test_a_folder_that_cannot_be_written_to_is_named_before_training(
     data: InstructionDataModule, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class Codec(ABC):
     known: ClassVar[dict[str, type["Codec"]]] = {}
     """Every codec by its name."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         if "name" in vars(cls):
             Codec.known[cls.name] = cls
 
