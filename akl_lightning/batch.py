@@ -1,5 +1,6 @@
 """What a batch holds, and what is found from it before it goes to a device that would have to be waited for."""
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,11 @@ def teacher_side(batch: Batch) -> dict[str, Any]:
     if not own:
         return dict(batch)
     return own | ({"index": batch["index"]} if "index" in batch else {})
+
+
+def expect_transfer_hook() -> None:
+    """Keep from users Lightning's advice that a module's ``on_before_batch_transfer`` is taken, not their data's."""
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule` but")
 
 
 def response_of(batch: Batch, criterion: "DistillationCriterion") -> Response:

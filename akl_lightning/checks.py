@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from akl_lightning.batch import Batch
+from akl_lightning.batch import Batch, expect_transfer_hook
 from akl_lightning.data.collate import IGNORE_INDEX
 from akl_lightning.data.facts import data_of, facts_of_run
 from akl_lightning.data.module import InstructionDataModule
@@ -42,8 +42,7 @@ def leave_out_what_does_not_apply(trainer: Trainer) -> None:
     """Keep warnings of Lightning from the user that do not hold here."""
     if trainer.world_size > 1:  # torchmetrics has averaged over ranks what Lightning would like to
         warnings.filterwarnings("ignore", message=r".*self\.log\('(train|val|test)/.*sync_dist=True")
-    # A data module need not have that hook.
-    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule` but")
+    expect_transfer_hook()
 
 
 def check_run(module: "DistillationModule", stage: str) -> None:

@@ -174,7 +174,7 @@ class DistillationCLI(InstructionCLI):
         super().before_instantiate_classes()
 
     def look_first(self) -> None:
-        """Look at settings, checkpoint, folders, optimizer and schedule, once, before anything that takes long.
+        """Look at settings, checkpoint, folders, optimizer, schedule and models, before anything that takes long.
 
         Raises:
             UsageError: one of them cannot be had.

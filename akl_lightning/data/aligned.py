@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from akl_lightning.data.cached import content_of, key_of, map_tables
+from akl_lightning.cached import content_of, key_of, map_tables
 from akl_lightning.data.chat import Chat, SampleError
 from akl_lightning.data.collate import NO_TURN, TEACHER
 from akl_lightning.data.records import content_text

@@ -13,11 +13,11 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from akl_lightning.cached import content_of, key_of, map_tables
 from akl_lightning.data import chat as chats
 from akl_lightning.data import lengths as fitting
 from akl_lightning.data import messages, rendering, templates, tokens, turns
 from akl_lightning.data import records as forms_of_records
-from akl_lightning.data.cached import content_of, key_of, map_tables
 from akl_lightning.data.chat import Chat, Noticed
 from akl_lightning.data.collate import column
 from akl_lightning.data.lengths import Fitted, Lengths, fit

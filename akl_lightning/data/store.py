@@ -14,9 +14,9 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from datasets.table import MemoryMappedTable
 from filelock import FileLock
 
+from akl_lightning.cached import cache_folder, key_of
 from akl_lightning.checkpoint import atomic_file, check_writable
 from akl_lightning.data import files, forms, records
-from akl_lightning.data.cached import cache_folder, key_of
 from akl_lightning.data.records import Row, row_digest, row_digests
 from akl_lightning.errors import UsageError, first_line
 from akl_lightning.rank_zero import rank_zero_info

@@ -188,7 +188,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
 
 @lru_cache(maxsize=2)
 def _gguf_tokenizer(file: Path, changed: int) -> PreTrainedTokenizerBase:
-    """Kept, as it takes seconds to make, and a run asks for that of student, teacher and data."""
+    """Kept while the file is not changed: it takes seconds to make, and student, teacher and data have it."""
     return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
 
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from akl_lightning.cached import cache_folder, key_of
 from akl_lightning.checkpoint import atomic_file
-from akl_lightning.data.cached import cache_folder, key_of
 from akl_lightning.errors import UsageError
 from akl_lightning.tokenizers.bytes import TokenBytes
 

@@ -224,8 +224,7 @@ def distill(cli: RunCLI) -> None:
     rows: dict[str, dict[str, float]] = {}
     answers: dict[str, list[list[Record]]] = {}
 
-    on_policy = cli.config.model.on_policy
-    watched = on_policy is not None and on_policy.share > 0 and on_policy.validation_samples > 0
+    watched = module.rollouts.on and cli.config.model.on_policy.validation_samples > 0
 
     def look_at(name: str, module: DistillationModule) -> None:
         path = run / "answers" / f"{name.replace(' ', '-')}-{{key}}.jsonl"

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from akl_lightning.batch import Batch, response_of, teacher_side
-from akl_lightning.checks import leave_out_what_does_not_apply
+from akl_lightning.batch import Batch, expect_transfer_hook, response_of, teacher_side
 from akl_lightning.criterion import DistillationCriterion
 from akl_lightning.data.facts import data_of, facts_of
 from akl_lightning.errors import UsageError, check_count
@@ -114,7 +113,7 @@ class CacheWriter(LightningModule):
         self.trainer.strategy.barrier("nobody writes before all have looked")
         if self.trainer.progress_bar_callback is not None:  # ours counts tokens
             self.trainer.progress_bar_callback.disable()
-        leave_out_what_does_not_apply(self.trainer)
+        expect_transfer_hook()
 
     def configure_model(self) -> None:
         """Do nothing: :meth:`setup`, which looks at the teacher, has sharded it already."""
